@@ -1,0 +1,55 @@
+"""Losses of section 3.2 over the real tags of a batch.
+
+Every function takes logits z, whose sigmoid is the predicted probability, and works in float32 on log-probabilities:
+finite for any logit, whatever autocast does around it. Labels are 1, 0, or -100 for slots that do not count (padding,
+unknown); an image without a single counting tag contributes nothing.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORED_LABEL = -100
+
+
+def bce_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy (equation 2), averaged over the real tags of the batch.
+
+    Args:
+        logits: (B, L), any real number.
+        labels: (B, L), 1, 0 or -100.
+
+    Returns:
+        A float32 scalar; 0 for a batch without real tags.
+    """
+    real = labels != IGNORED_LABEL
+    # An ignored slot's logit is replaced before the loss: multiplying afterwards would let a NaN through.
+    logits = logits.float().masked_fill(~real, 0.0)
+    losses = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).float(), reduction="none")
+    return (losses * real).sum() / real.sum().clamp(min=1)
+
+
+def dice_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Dice loss (equation 3), smoothed by 1 and averaged over the images that have real tags.
+
+    Args:
+        logits: (B, L), any real number.
+        labels: (B, L), 1, 0 or -100.
+
+    Returns:
+        A float32 scalar in [0, 1); 0 for a batch without real tags.
+    """
+    real = labels != IGNORED_LABEL
+    probabilities = torch.sigmoid(logits.float().masked_fill(~real, 0.0)) * real  # (B, L)
+    truth = labels.clamp(min=0).float()  # (B, L)
+    overlap = (probabilities * truth).sum(-1)  # (B,)
+    losses = 1 - (2 * overlap + 1) / (probabilities.sum(-1) + truth.sum(-1) + 1)  # (B,)
+    counts = real.any(-1)
+    return (losses * counts).sum() / counts.sum().clamp(min=1)
+
+
+def bce_dice_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """BCE-Dice, the sum of both (equation 4). Arguments and result as in `bce_loss`."""
+    return bce_loss(logits, labels) + dice_loss(logits, labels)
+
+
+OBJECTIVES = {"bce": bce_loss, "bce_dice": bce_dice_loss}

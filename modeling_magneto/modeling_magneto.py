@@ -1,0 +1,450 @@
+"""MAGNeto (section 3.1): two streams that read the tags, one of which also looks at the photograph, and a gate.
+
+    tags (B, L)                                         photograph (B, 3, S, S)
+        │ embedding, dropout                                │ timm backbone, 1x1 convolution, batch norm
+        ├───────────────── queries ───────────────┐         │ N x N regions
+        │                                         └─ tag-to-image attention ── keys, values
+        │ encoder, M layers                                 │ encoder, N layers
+    tag stream (B, L, D) ───────────┬────────────── image stream (B, L, D)
+        │ linear                 gate (B, L)                │ linear
+    tag logits (B, L) ──── (1 - gate) + gate ──── image logits (B, L)
+                                    │
+                              logits (B, L)
+
+B images, L tags, D hidden size, R regions, C channels of the backbone.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import group_parameters
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_magneto import MagnetoConfig
+from .loss_magneto import OBJECTIVES
+
+
+@dataclass
+class MagnetoModelOutput(ModelOutput):
+    """Hidden states of the two streams.
+
+    Args:
+        tag_hidden_state: (B, L, D), or None for `streams="image"`.
+        image_hidden_state: (B, L, D), or None for `streams="tag"`.
+        attentions: (B, heads, L, R), what each tag looked at, row-major over the R regions of the feature map;
+            only with `output_attentions=True`.
+    """
+
+    tag_hidden_state: torch.Tensor | None = None
+    image_hidden_state: torch.Tensor | None = None
+    attentions: torch.Tensor | None = None
+
+
+@dataclass
+class MagnetoOutput(ModelOutput):
+    """Scores of the tags, as logits: `sigmoid(logits)` is the score in [0, 1].
+
+    Values at padded slots mean nothing.
+
+    Args:
+        loss: Scalar; the sum that is trained on, with `labels` only.
+        logits: (B, L), final output O_Final (equation 1); for a single stream, that stream's. None without a gate.
+        tag_logits: (B, L), output O_t of the tag stream, or None.
+        image_logits: (B, L), output O_it of the image stream, or None.
+        gate: (B, L), alpha in [0, 1]: the weight of the image stream; only with both streams.
+        final_loss: Scalar L_g, of `logits`.
+        tag_loss: Scalar L_t, of `tag_logits`.
+        image_loss: Scalar L_it, of `image_logits`.
+        attentions: As in `MagnetoModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    tag_logits: torch.Tensor | None = None
+    image_logits: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    final_loss: torch.Tensor | None = None
+    tag_loss: torch.Tensor | None = None
+    image_loss: torch.Tensor | None = None
+    attentions: torch.Tensor | None = None
+
+
+class MagnetoAttention(nn.Module):
+    """Multi-head scaled-dot-product attention between two sets of vectors, without positions."""
+
+    def __init__(self, config: MagnetoConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.dropout
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from `queries` (B, L, D) to `keys` (B, K, D), of which `mask` (B, 1, 1, K) says which exist.
+
+        Returns:
+            The result (B, L, D) and, on request, the attention weights (B, heads, L, K).
+        """
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L or K, D / heads)
+            for projection, states in ((self.query, queries), (self.key, keys), (self.value, keys))
+        )
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
+        attended = self.output(attended.transpose(1, 2).flatten(2))  # (B, L, D)
+        if not output_attentions:
+            return attended, None
+        # The fused kernels keep the weights to themselves, so whoever asks for them pays for a second product.
+        similarity = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, heads, L, K)
+        if mask is not None:
+            similarity = similarity.masked_fill(~mask, float("-inf"))
+        return attended, similarity.softmax(-1)
+
+
+class MagnetoEncoderLayer(nn.Module):
+    """Post-norm encoder layer as in BERT; `self_attention=False` leaves the feed-forward half, FF's residual block."""
+
+    def __init__(self, config: MagnetoConfig, self_attention: bool):
+        super().__init__()
+        self.attention = MagnetoAttention(config) if self_attention else None
+        self.attention_norm = nn.LayerNorm(config.hidden_size) if self_attention else None
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_norm = nn.LayerNorm(config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) and mask (B, 1, 1, L) -> (B, L, D)."""
+        if self.attention is not None:
+            attended, _ = self.attention(states, states, mask)
+            states = self.attention_norm(states + self.dropout(attended))
+        transformed = self.output(self.dropout(F.relu(self.intermediate(states))))
+        return self.output_norm(states + self.dropout(transformed))
+
+
+class MagnetoEncoder(nn.Module):
+    """Layers over a set of tags: no positions, so the order of the tags changes nothing; ReLU on the result."""
+
+    def __init__(self, config: MagnetoConfig, num_layers: int, self_attention: bool = True):
+        super().__init__()
+        self.layers = nn.ModuleList(MagnetoEncoderLayer(config, self_attention) for _ in range(num_layers))
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) and mask (B, 1, 1, L) -> (B, L, D), at least 0."""
+        for layer in self.layers:
+            states = layer(states, mask)
+        return F.relu(states)
+
+
+class MagnetoImageFeatureExtractor(nn.Module):
+    """timm backbone without pooling and classifier, a 1x1 convolution to the hidden size, batch norm."""
+
+    def __init__(self, config: MagnetoConfig):
+        super().__init__()
+        # Never pretrained here: loading weights would download, and `from_pretrained` brings its own.
+        self.backbone = timm.create_model(
+            config.backbone, pretrained=False, num_classes=0, global_pool="", **(config.backbone_kwargs or {})
+        )
+        # timm has initialised its modules; the flag of each tensor keeps transformers from doing it again. Tensors on
+        # the meta device are replaced when weights are loaded, and what a checkpoint lacks is initialised then.
+        for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
+            tensor._is_hf_initialized = not tensor.is_meta
+        self.projection = nn.Conv2d(self.backbone.num_features, config.hidden_size, kernel_size=1)
+        self.norm = nn.BatchNorm2d(config.hidden_size)
+        self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+        self.frozen_modules = self._find_frozen_modules(config)
+        self.train()
+
+    def _find_frozen_modules(self, config: MagnetoConfig) -> list[nn.Module]:
+        """Modules of the backbone that hold parameters of frozen stages only."""
+        stages = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True))
+        if config.num_trainable_backbone_stages > len(stages):
+            raise ValueError(
+                f"num_trainable_backbone_stages is {config.num_trainable_backbone_stages}, "
+                f"expected at most the {len(stages)} stages of {config.backbone}"
+            )
+        if config.num_trainable_backbone_stages == -1:
+            return []
+        frozen_stages = sorted(stages)[: len(stages) - config.num_trainable_backbone_stages]
+        frozen = {name for stage in frozen_stages for name in stages[stage]}
+        return [
+            module
+            for prefix, module in self.backbone.named_modules()
+            if (names := {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()})
+            and names <= frozen
+        ]
+
+    def train(self, mode: bool = True):
+        """Sets the mode, but keeps frozen stages in eval mode: their batch-norm statistics never move."""
+        super().train(mode)
+        for module in self.frozen_modules:
+            # `from_pretrained` forgets `requires_grad`, and calls this when it is done.
+            module.eval().requires_grad_(False)
+        return self
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W), normalised -> one vector for each of the R regions, row by row (B, R, D)."""
+        features = self.backbone.forward_features(pixel_values)  # (B, C, h, w)
+        if features.ndim != 4:
+            raise ValueError(
+                f"the backbone {type(self.backbone).__name__} returns {tuple(features.shape)}, "
+                "expected a feature map (images, channels, height, width)"
+            )
+        if self.channels_last:
+            features = features.permute(0, 3, 1, 2)
+        return self.norm(self.projection(features)).flatten(2).transpose(1, 2)
+
+
+class MagnetoGate(nn.Module):
+    """Gating layer (table 1), up to its sigmoid: how far to trust the image stream, for each tag."""
+
+    def __init__(self, config: MagnetoConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.intermediate = nn.Linear(2 * config.hidden_size, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, 1)
+
+    def forward(self, tag_states: torch.Tensor, image_states: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) of both streams -> logits of alpha (B, L)."""
+        states = self.dropout(torch.cat([tag_states, image_states], dim=-1))  # (B, L, 2 D)
+        return self.output(self.dropout(F.relu(self.intermediate(states)))).squeeze(-1)
+
+
+class MagnetoStreamHeads(nn.Module):
+    """One linear classifier for each stream there is."""
+
+    def __init__(self, config: MagnetoConfig):
+        super().__init__()
+        self.tag = nn.Linear(config.hidden_size, 1) if config.streams != "image" else None
+        self.image = nn.Linear(config.hidden_size, 1) if config.streams != "tag" else None
+
+    def forward(self, states: MagnetoModelOutput) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Hidden states -> tag logits and image logits, each (B, L) or None."""
+        tag_logits = self.tag(states.tag_hidden_state).squeeze(-1) if self.tag is not None else None
+        image_logits = self.image(states.image_hidden_state).squeeze(-1) if self.image is not None else None
+        return tag_logits, image_logits
+
+
+def mixture_logits(gate_logits: torch.Tensor, image_logits: torch.Tensor, tag_logits: torch.Tensor) -> torch.Tensor:
+    """Logit of `alpha * O_it + (1 - alpha) * O_t` (equation 1), from the logits of all three, without leaving logs.
+
+    Args:
+        gate_logits, image_logits, tag_logits: (B, L), any real numbers.
+
+    Returns:
+        (B, L) float32, finite wherever the inputs are.
+    """
+    gate, image, tag = gate_logits.float(), image_logits.float(), tag_logits.float()
+    log_alpha, log_rest = F.logsigmoid(gate), F.logsigmoid(-gate)
+    log_kept = torch.logaddexp(log_alpha + F.logsigmoid(image), log_rest + F.logsigmoid(tag))
+    log_dropped = torch.logaddexp(log_alpha + F.logsigmoid(-image), log_rest + F.logsigmoid(-tag))
+    return log_kept - log_dropped
+
+
+class MagnetoPreTrainedModel(PreTrainedModel):
+    """What the MAGNeto models share: configuration, initialisation, saving and loading."""
+
+    config_class = MagnetoConfig
+    base_model_prefix = "magneto"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    # Our losses are means already: Trainer must not divide them by a number of tokens.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """PyTorch's own initialisation, as the paper has it; timm's modules only where a checkpoint lacks them."""
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm)):
+            module.reset_parameters()
+        elif isinstance(module, nn.BatchNorm2d):
+            super()._init_weights(module)
+        elif hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+
+class MagnetoModel(MagnetoPreTrainedModel):
+    """The two streams without heads (figure 2): tags, and for all but `streams="tag"` a photograph, to hidden states."""
+
+    def __init__(self, config: MagnetoConfig):
+        super().__init__(config)
+        self.tag_embedder = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.streams != "image":
+            self_attention = config.tag_encoder == "transformer"
+            self.tag_encoder = MagnetoEncoder(config, config.num_tag_layers, self_attention)
+        if config.streams != "tag":
+            self.image_feature_extractor = MagnetoImageFeatureExtractor(config)
+            self.tag_to_image_attention = MagnetoAttention(config)
+            self.image_encoder = MagnetoEncoder(config, config.num_image_layers)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.tag_embedder
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.tag_embedder = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> MagnetoModelOutput:
+        """Encode a batch of tag sets and their photographs.
+
+        Args:
+            input_ids: (B, L) int64, indices of the tags, in any order.
+            attention_mask: (B, L), 1 for tags and 0 for padding; by default everything but `[PAD]` is a tag.
+            pixel_values: (B, 3, H, W) float, normalised photographs; not used by `streams="tag"`.
+            output_attentions: Return what each tag looked at.
+
+        Raises:
+            ValueError: There is no photograph, and the model needs one.
+        """
+        if pixel_values is None and self.config.streams != "tag":
+            raise ValueError(f"pixel_values is missing: a model with streams={self.config.streams!r} needs photographs")
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        mask = attention_mask.bool()
+        # An image whose tags are all padding attends to the padding: its states mean nothing, but they are no NaN.
+        mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, L)
+
+        tags = self.dropout(self.tag_embedder(input_ids))  # (B, L, D)
+
+        tag_states = None
+        if self.config.streams != "image":
+            tag_states = self.tag_encoder(tags, mask)  # (B, L, D)
+
+        image_states = attentions = None
+        if self.config.streams != "tag":
+            regions = self.image_feature_extractor(pixel_values)  # (B, R, D)
+            looked_at, attentions = self.tag_to_image_attention(tags, regions, output_attentions=output_attentions)
+            image_states = self.image_encoder(self.dropout(F.relu(looked_at)), mask)  # (B, L, D)
+
+        return MagnetoModelOutput(tag_states, image_states, attentions)
+
+
+class MagnetoForTagSummarization(MagnetoPreTrainedModel):
+    """MAGNeto for extractive tags summarization: which of the tags say what the photograph is about."""
+
+    def __init__(self, config: MagnetoConfig):
+        super().__init__(config)
+        self.magneto = MagnetoModel(config)
+        self.classifiers = MagnetoStreamHeads(config)
+        if config.streams == "both":
+            self.gate = MagnetoGate(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> MagnetoOutput:
+        """Score every tag of every image.
+
+        Args:
+            input_ids: (B, L) int64, indices of the tags.
+            attention_mask: (B, L), 1 for tags and 0 for padding.
+            pixel_values: (B, 3, H, W) float, normalised photographs; not used by `streams="tag"`.
+            labels: (B, L), 1 for important tags, 0 for the others, -100 where it is unknown or padding.
+            output_attentions: Return what each tag looked at.
+        """
+        states = self.magneto(input_ids, attention_mask, pixel_values, output_attentions)
+        tag_logits, image_logits = self.classifiers(states)
+
+        gate = None
+        if self.config.streams == "both":
+            gate_logits = self.gate(states.tag_hidden_state, states.image_hidden_state)  # (B, L)
+            logits = mixture_logits(gate_logits, image_logits, tag_logits)
+            gate = torch.sigmoid(gate_logits)
+        else:
+            logits = image_logits if tag_logits is None else tag_logits
+
+        loss = final_loss = tag_loss = image_loss = None
+        if labels is not None:
+            objective = OBJECTIVES[self.config.objective]
+            loss = final_loss = objective(logits, labels)
+            if self.config.streams == "both":  # a single stream is its own final output
+                tag_loss, image_loss = objective(tag_logits, labels), objective(image_logits, labels)
+                loss = final_loss + self.config.auxiliary_loss_weight * (image_loss + tag_loss)  # equation 5
+
+        return MagnetoOutput(
+            loss=loss,
+            logits=logits,
+            tag_logits=tag_logits,
+            image_logits=image_logits,
+            gate=gate,
+            final_loss=final_loss,
+            tag_loss=tag_loss,
+            image_loss=image_loss,
+            attentions=states.attentions,
+        )
+
+
+class MagnetoForOutlierDetection(MagnetoPreTrainedModel):
+    """The pre-training model of section 5.2: each stream tells an image's own tags from strange ones; no gate.
+
+    Its heads bear another name than those of `MagnetoForTagSummarization`, so `from_pretrained` hands over the
+    backbone, the embeddings, the attention and the encoders, and starts heads and gate afresh.
+    """
+
+    def __init__(self, config: MagnetoConfig):
+        super().__init__(config)
+        self.magneto = MagnetoModel(config)
+        self.detectors = MagnetoStreamHeads(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> MagnetoOutput:
+        """As `MagnetoForTagSummarization.forward`; a label is 1 for an own tag and 0 for a strange one.
+
+        The loss is L_u = L_it + L_t. There is no final output: `logits` is None.
+        """
+        states = self.magneto(input_ids, attention_mask, pixel_values, output_attentions)
+        tag_logits, image_logits = self.detectors(states)
+
+        loss = tag_loss = image_loss = None
+        if labels is not None:
+            objective = OBJECTIVES[self.config.objective]
+            tag_loss = None if tag_logits is None else objective(tag_logits, labels)
+            image_loss = None if image_logits is None else objective(image_logits, labels)
+            loss = sum(part for part in (image_loss, tag_loss) if part is not None)
+
+        return MagnetoOutput(
+            loss=loss,
+            tag_logits=tag_logits,
+            image_logits=image_logits,
+            tag_loss=tag_loss,
+            image_loss=image_loss,
+            attentions=states.attentions,
+        )
+
+
+__all__ = ["MagnetoForOutlierDetection", "MagnetoForTagSummarization", "MagnetoModel", "MagnetoPreTrainedModel"]

@@ -1,0 +1,210 @@
+"""Photographs and tags to tensors, and the model's outputs back to tags."""
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput, PILImageResampling
+
+from .selection_magneto import select_by_threshold, select_top_k
+
+PAD, UNKNOWN = "[PAD]", "[UNK]"
+IGNORED_LABEL = -100
+
+
+def normalize_tag(tag: str) -> str:
+    """The one spelling of a tag: Unicode NFKC, case folded, white space collapsed. Idempotent.
+
+    Raises:
+        ValueError: The tag is no text, or nothing is left of it.
+    """
+    if not isinstance(tag, str):
+        raise ValueError(f"found the tag {tag!r} of type {type(tag).__name__}, expected text")
+    # Folding can undo the normal form, and the normal form can undo folding: two rounds settle every character.
+    for _ in range(2):
+        tag = unicodedata.normalize("NFKC", tag).casefold()
+    tag = " ".join(unicodedata.normalize("NFKC", tag).split())
+    if not tag:
+        raise ValueError("found an empty tag, expected text")
+    return tag
+
+
+def normalize_tags(tags: Iterable[str]) -> list[str]:
+    """Normalised tags in their order; of duplicates the first is kept.
+
+    Raises:
+        ValueError: There is no tag, one is empty, or `tags` is a single text.
+    """
+    if isinstance(tags, str):
+        raise ValueError(f"found the text {tags!r}, expected a list of tags")
+    tags = list(dict.fromkeys(normalize_tag(tag) for tag in tags))
+    if not tags:
+        raise ValueError("found an empty list of tags, expected at least one")
+    return tags
+
+
+class MagnetoProcessor(ProcessorMixin):
+    """Prepares photographs and tags for MAGNeto, and reads its outputs.
+
+    Args:
+        image_processor: A transformers image processor; used where the model looks at photographs.
+        tokenizer: A word-level tokenizer in which one tag is one token.
+        max_tags: l, the number of tags to which *training* examples are cut.
+        use_images: Whether the model looks at photographs; `False` for the tag-only models.
+    """
+
+    def __init__(self, image_processor, tokenizer, max_tags: int = 16, use_images: bool = True):
+        super().__init__(image_processor, tokenizer)
+        self.max_tags = max_tags
+        self.use_images = use_images
+
+    @classmethod
+    def from_vocabulary(
+        cls,
+        tags: Iterable[str],
+        image_size: int = 112,
+        image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        max_tags: int = 16,
+        use_images: bool = True,
+    ) -> "MagnetoProcessor":
+        """A new processor for a vocabulary.
+
+        Args:
+            tags: The vocabulary, in the order of its indices; `[PAD]` and `[UNK]` are put before it.
+            image_size: The short side is scaled to it, then the centre square is taken (pixels).
+            image_mean, image_std: One number per colour channel; photographs are scaled to [0, 1] before.
+            max_tags, use_images: As in the class.
+        """
+        vocabulary = {tag: index for index, tag in enumerate((PAD, UNKNOWN, *normalize_tags(tags)))}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN)),
+            pad_token=PAD,
+            unk_token=UNKNOWN,
+            model_input_names=["input_ids", "attention_mask"],
+        )
+        image_processor = CLIPImageProcessor(
+            size={"shortest_edge": image_size},
+            crop_size={"height": image_size, "width": image_size},
+            resample=PILImageResampling.BILINEAR,
+            image_mean=list(image_mean),
+            image_std=list(image_std),
+        )
+        return cls(image_processor, tokenizer, max_tags=max_tags, use_images=use_images)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        tags: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        important_tags: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        truncation: bool = False,
+        **images_kwargs,
+    ) -> BatchFeature:
+        """Turn a batch, or a single photograph with its tags, into the model's tensors.
+
+        Args:
+            images: One photograph for each list of tags; ignored by a tag-only model's processor.
+            tags: A list of tags, or a list of such lists.
+            important_tags: The ground truth, for `labels`: a subset of each list of tags.
+            truncation: Cut each list to `max_tags`, as in training.
+            images_kwargs: Passed on to the image processor.
+
+        Returns:
+            `input_ids` (B, L) and `attention_mask` (B, L), padded to the longest list; `pixel_values`
+            (B, 3, `image_size`, `image_size`); with `important_tags`, `labels` (B, L) of 1, 0, and -100 for padding.
+
+        Raises:
+            ValueError: A list is empty or holds an empty tag; photographs are missing, or their number differs from
+                that of the lists; an important tag is not among the tags.
+        """
+        if not tags:
+            raise ValueError(f"tags is {tags!r}, expected a list of tags or a list of such lists")
+        if isinstance(tags[0], str):
+            tags = [tags]
+            important_tags = None if important_tags is None else [important_tags]
+        tags = [self._normalize_row(row, index) for index, row in enumerate(tags)]
+        if truncation:
+            tags = [row[: self.max_tags] for row in tags]
+
+        # Dynamic padding: to the longest list of this batch.
+        inputs = self.tokenizer(tags, is_split_into_words=True, padding=True, return_tensors="pt")
+        if self.use_images:
+            inputs["pixel_values"] = self._pixel_values(images, len(tags), images_kwargs)
+        if important_tags is not None:
+            inputs["labels"] = self._labels(tags, important_tags, truncation, inputs["input_ids"].shape)
+        return BatchFeature(dict(inputs))
+
+    def _normalize_row(self, row: Sequence[str], index: int) -> list[str]:
+        try:
+            return normalize_tags(row)
+        except ValueError as error:
+            raise ValueError(f"tags[{index}]: {error}") from None
+
+    def _pixel_values(self, images: ImageInput | None, expected: int, images_kwargs: dict) -> torch.Tensor:
+        if images is None:
+            raise ValueError("images is missing: this model needs one photograph for each list of tags")
+        images = self.image_processor.fetch_images(images)
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if len(images) != expected:
+            raise ValueError(f"found {len(images)} photographs for {expected} lists of tags, expected as many")
+        return self.image_processor(images, return_tensors="pt", **images_kwargs)["pixel_values"]
+
+    def _labels(self, tags, important_tags, truncation: bool, shape: torch.Size) -> torch.Tensor:
+        if len(important_tags) != len(tags):
+            raise ValueError(f"found {len(important_tags)} lists of important tags for {len(tags)} lists of tags")
+        labels = torch.full(shape, IGNORED_LABEL)
+        for index, (row, important) in enumerate(zip(tags, important_tags, strict=True)):
+            important = {normalize_tag(tag) for tag in important}
+            if not truncation and (strange := important.difference(row)):
+                raise ValueError(f"important_tags[{index}]: {sorted(strange)} are not among the tags")
+            labels[index, : len(row)] = torch.tensor([tag in important for tag in row], dtype=labels.dtype)
+        return labels
+
+    def post_process(
+        self,
+        outputs,
+        tags: Sequence[str] | Sequence[Sequence[str]],
+        threshold: float = 0.5,
+        top_k: int | None = None,
+    ) -> list[dict]:
+        """Read the model's outputs as tags.
+
+        Args:
+            outputs: A `MagnetoOutput` with `logits` (B, L).
+            tags: What the processor was called with.
+            threshold: A tag is selected when its score, in [0, 1], reaches it.
+            top_k: Select this many tags instead.
+
+        Returns:
+            For each image `{"tags": [(tag, score), ...], "selected_tags": [tag, ...]}`, in the order of the tags,
+            normalised and without duplicates.
+        """
+        if isinstance(tags[0], str):
+            tags = [tags]
+        scores = torch.sigmoid(outputs.logits.detach().float()).cpu()  # (B, L)
+        if len(tags) != len(scores):
+            raise ValueError(f"found {len(tags)} lists of tags for the scores of {len(scores)} images")
+        rows = [self._normalize_row(row, index) for index, row in enumerate(tags)]
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(scores.shape[1]) < lengths[:, None]  # (B, L)
+        if top_k is None:
+            selected = select_by_threshold(scores, mask, threshold)
+        else:
+            selected = select_top_k(scores, mask, top_k)
+        return [
+            {
+                "tags": list(zip(row, row_scores[: len(row)], strict=True)),
+                "selected_tags": [tag for tag, kept in zip(row, row_selected, strict=False) if kept],
+            }
+            for row, row_scores, row_selected in zip(rows, scores.tolist(), selected.tolist(), strict=True)
+        ]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *(self.image_processor.model_input_names if self.use_images else [])]
+
+
+__all__ = ["MagnetoProcessor"]
