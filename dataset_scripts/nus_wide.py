@@ -1,0 +1,388 @@
+"""The official files of NUS-WIDE (Chua et al., CIVR 2009): finding, checking and filtering them.
+
+Row *n* of the tag file and of every label file belongs to line *n* of `Imagelist.txt`.
+"""
+
+import os
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from parquet_dataset import InputError
+
+CONCEPTS = tuple(
+    "airport animal beach bear birds boats book bridge buildings cars castle cat cityscape clouds "
+    "computer coral cow dancing dog earthquake elk fire fish flags flowers food fox frost garden "
+    "glacier grass harbor horses house lake leaf map military moon mountain nighttime ocean person "
+    "plane plants police protest railroad rainbow reflection road rocks running sand sign sky snow "
+    "soccer sports statue street sun sunset surf swimmers tattoo temple tiger tower town toy train "
+    "tree valley vehicle water waterfall wedding whales window zebra".split()
+)
+
+HOMEPAGE = "https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html"
+
+# File in lower case -> (how to write it, the download that holds it).
+PARTS = {
+    name.rpartition("/")[2].lower(): (name, download)
+    for name, download in [
+        ("ConceptsList/Concepts81.txt", "ConceptsList.zip"),
+        ("ImageList/Imagelist.txt", "ImageList.zip"),
+        ("ImageList/TrainImagelist.txt", "ImageList.zip"),
+        ("ImageList/TestImagelist.txt", "ImageList.zip"),
+        ("NUS_WID_Tags/AllTags81.txt", "NUS_WID_Tags.zip"),
+        *((f"Groundtruth/AllLabels/Labels_{name}.txt", "Groundtruth.zip") for name in CONCEPTS),
+    ]
+}
+
+PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One text file of the download, unpacked or inside of a zip file.
+
+    Attributes:
+        name: how messages call it, relative to the download's folder.
+        path: the file itself, or the zip file.
+        member: its name inside of the zip file; None for an unpacked file.
+    """
+
+    name: str
+    path: Path
+    member: str | None = None
+
+    def read(self) -> bytes:
+        """Reads the whole file.
+
+        Raises:
+            InputError: the file or its zip file is damaged.
+        """
+        try:
+            if self.member is None:
+                return self.path.read_bytes()
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.read(self.member)
+        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+            raise InputError(f"{self.name}: cannot be read ({error}); download it again") from error
+
+    def lines(self) -> list[str]:
+        """The lines without white space around them; blank lines at the end do not count.
+
+        Raises:
+            InputError: not plain text, or a blank line among others.
+        """
+        data = self.read().removeprefix(b"\xef\xbb\xbf").rstrip()
+        self.check_plain_text(data)
+        lines = [line.strip() for line in data.decode("ascii").split("\n")] if data else []
+        if "" in lines:
+            raise InputError(f"{self.name}, line {lines.index('') + 1}: blank, expected a name")
+        return lines
+
+    def check_plain_text(self, data: bytes) -> None:
+        """Refuses bytes that no official file holds: UTF-16, Latin-1, an image.
+
+        Raises:
+            InputError: with the line of the first such byte.
+        """
+        found = re.search(rb"[^\t\r\n\x20-\x7e]", data)
+        if found:
+            line = data.count(b"\n", 0, found.start()) + 1
+            raise InputError(
+                f"{self.name}, line {line}: byte 0x{found[0].hex()}, expected plain ASCII text"
+            )
+
+    def flags(self, rows: int, columns: tuple[str, ...]) -> np.ndarray:
+        """Reads a table of 0 and 1 separated by blanks.
+
+        Args:
+            rows: how many lines there must be.
+            columns: names of the columns, for messages.
+
+        Returns:
+            bool array (rows, columns).
+
+        Raises:
+            InputError: names the line, and what it holds.
+        """
+        data = self.read().rstrip() + b"\n"
+        text = np.frombuffer(data, np.uint8)
+        symbols = text[(text != ord(" ")) & (text != ord("\r")) & (text != ord("\t"))]
+        digits = (text == ord("0")) | (text == ord("1"))
+        # A regular file is a fixed number of lone digits and a line feed, line after line.
+        width = len(columns) + 1
+        regular = symbols.size % width == 0 and not (digits[1:] & digits[:-1]).any()
+        if regular:
+            table = symbols.reshape(-1, width)
+            values = table[:, :-1] == ord("1")
+            regular = (table[:, -1] == ord("\n")).all() and (
+                values | (table[:, :-1] == ord("0"))
+            ).all()
+        if not regular:
+            self._explain_irregular(data, columns)
+        if len(values) != rows:
+            raise InputError(
+                f"{self.name}: {len(values):,} lines, expected {rows:,} as in Imagelist.txt"
+            )
+        return values
+
+    def _explain_irregular(self, data: bytes, columns: tuple[str, ...]) -> None:
+        self.check_plain_text(data)
+        for number, line in enumerate(data.decode("ascii").removesuffix("\n").split("\n"), 1):
+            values = line.split()
+            if len(values) != len(columns):
+                raise InputError(
+                    f"{self.name}, line {number}: {len(values)} values, expected {len(columns)}"
+                )
+            for column, value in zip(columns, values, strict=True):
+                if value not in ("0", "1"):
+                    raise InputError(
+                        f"{self.name}, line {number}, column {column}: "
+                        f"found {value[:40]!r}, expected 0 or 1"
+                    )
+
+
+class NusWideFolder:
+    """Finds the parts of NUS-WIDE anywhere below a folder, unpacked or zipped.
+
+    Args:
+        root: the folder.
+
+    Attributes:
+        photographs: photo id -> path relative to `root`.
+
+    Raises:
+        InputError: `root` is no folder.
+    """
+
+    def __init__(self, root: Path):
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder, expected the NUS-WIDE downloads")
+        self.root = root
+        self.photographs: dict[str, str] = {}
+        self._unpacked: dict[str, list[TextFile]] = {}
+        self._zipped: dict[str, list[TextFile]] = {}
+        self._damaged_zips: list[str] = []
+        seen = set()
+        for folder, subfolders, names in os.walk(root, followlinks=True):
+            # A link that leads back up would be walked for ever.
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                subfolders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            subfolders.sort()
+            relative = os.path.relpath(folder, root)
+            for name in sorted(names):
+                self._add(os.path.normpath(os.path.join(relative, name)))
+
+    def _add(self, name: str) -> None:
+        stem, suffix = os.path.splitext(os.path.basename(name).lower())
+        if suffix in PHOTOGRAPH_SUFFIXES:
+            self.photographs.setdefault(stem.rpartition("_")[2], name)
+        elif suffix == ".txt":
+            self._unpacked.setdefault(stem + suffix, []).append(TextFile(name, self.root / name))
+        elif suffix == ".zip":
+            try:
+                with zipfile.ZipFile(self.root / name) as archive:
+                    members = archive.namelist()
+            except (OSError, zipfile.BadZipFile):
+                self._damaged_zips.append(name)
+                return
+            for member in members:
+                key = PurePosixPath(member.replace("\\", "/")).name.lower()
+                if key.endswith(".txt"):
+                    file = TextFile(f"{name}/{member}", self.root / name, member)
+                    self._zipped.setdefault(key, []).append(file)
+
+    def check_complete(self) -> None:
+        """Looks for all parts at once, so that a user downloads once.
+
+        Raises:
+            InputError: names what is missing and where it is usually found.
+        """
+        missing = {}
+        for key, (name, download) in PARTS.items():
+            if key not in self._unpacked and key not in self._zipped:
+                missing.setdefault(download, []).append(name)
+        if missing:
+            parts = ", ".join(
+                f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} "
+                f"(usually from {download})"
+                for download, names in missing.items()
+            )
+            damaged = f"; damaged: {', '.join(self._damaged_zips)}" if self._damaged_zips else ""
+            raise InputError(f"{self.root}: missing {parts}{damaged}; they are at {HOMEPAGE}")
+
+    def file(self, name: str) -> TextFile:
+        """Finds a part by its file name; an unpacked one comes before a zipped one.
+
+        Raises:
+            InputError: two files of this name differ.
+        """
+        found = self._unpacked.get(name.lower()) or self._zipped[name.lower()]
+        for other in found[1:]:
+            if other.read() != found[0].read():
+                raise InputError(f"{found[0].name} and {other.name} differ, expected one {name}")
+        return found[0]
+
+
+@dataclass(frozen=True)
+class NusWide:
+    """The official files, checked. n rows in the order of `Imagelist.txt`, 81 concepts.
+
+    Attributes:
+        photo_ids: n photo ids; a few occur twice.
+        tags: bool (n, 81), the photographer's tags.
+        ground_truth: bool (n, 81), the annotated concepts.
+        in_train: bool (n,), the row is in the official train list.
+        in_test: bool (n,), the row is in the official test list.
+    """
+
+    photo_ids: list[str]
+    tags: np.ndarray
+    ground_truth: np.ndarray
+    in_train: np.ndarray
+    in_test: np.ndarray
+
+
+def read_nus_wide(folder: NusWideFolder) -> NusWide:
+    """Reads the official files and checks that they agree.
+
+    Raises:
+        InputError: a part is missing, damaged, or disagrees with another; names file and line.
+    """
+    folder.check_complete()
+    _check_concepts(folder.file("Concepts81.txt"))
+    images = _read_image_list(folder.file("Imagelist.txt"))
+    rows: dict[str, int] = {}
+    for row, path in enumerate(images):
+        rows.setdefault(path, row)
+    in_train = _find_listed(folder.file("TrainImagelist.txt"), images, rows)
+    in_test = _find_listed(folder.file("TestImagelist.txt"), images, rows)
+    unlisted = np.flatnonzero(~(in_train | in_test))
+    if unlisted.size:
+        raise InputError(
+            f"{folder.file('Imagelist.txt').name}, line {unlisted[0] + 1}: {images[unlisted[0]]} "
+            "is neither in TrainImagelist.txt nor in TestImagelist.txt"
+            f" ({unlisted.size:,} such lines)"
+        )
+
+    tags = folder.file("AllTags81.txt").flags(len(images), CONCEPTS)
+    ground_truth = np.empty_like(tags)
+    for column, concept in enumerate(CONCEPTS):
+        file = folder.file(f"Labels_{concept}.txt")
+        ground_truth[:, column] = file.flags(len(images), (concept,))[:, 0]
+    return NusWide([photo_id(path) for path in images], tags, ground_truth, in_train, in_test)
+
+
+def photo_id(path: str) -> str:
+    """`actor/0001_2124494179.jpg` and `2124494179.jpg` are photograph 2124494179."""
+    return PurePosixPath(path).stem.rpartition("_")[2]
+
+
+def _check_concepts(file: TextFile) -> None:
+    lines = file.lines()
+    for number, (found, expected) in enumerate(zip(lines, CONCEPTS, strict=False), 1):
+        if found != expected:
+            raise InputError(f"{file.name}, line {number}: found {found!r}, expected {expected!r}")
+    if len(lines) != len(CONCEPTS):
+        raise InputError(f"{file.name}: {len(lines)} lines, expected {len(CONCEPTS)} concepts")
+
+
+def _read_image_list(file: TextFile) -> list[str]:
+    paths = [line.replace("\\", "/") for line in file.lines()]
+    for number, path in enumerate(paths, 1):
+        if not re.fullmatch(r"(.*/)?(\d+_)?\d+\.jpg", path):
+            raise InputError(
+                f"{file.name}, line {number}: found {path[:80]!r}, "
+                r"expected a path such as actor\0001_2124494179.jpg"
+            )
+    return paths
+
+
+def _find_listed(file: TextFile, images: list[str], rows: dict[str, int]) -> np.ndarray:
+    """Marks the rows that a list names.
+
+    Args:
+        file: TrainImagelist.txt or TestImagelist.txt.
+        images: the n paths of Imagelist.txt.
+        rows: path -> its first row.
+
+    Returns:
+        bool array (n,).
+    """
+    listed = _read_image_list(file)
+    previous = -1
+    for number, path in enumerate(listed, 1):
+        row = rows.get(path)
+        if row is None:
+            raise InputError(f"{file.name}, line {number}: {path} is not in Imagelist.txt")
+        # Tags and labels belong to images by their line alone. Were the lists of different order,
+        # then one of them has been sorted or shuffled, and perhaps not the one that we could spare.
+        if row < previous:
+            raise InputError(
+                f"{file.name}, line {number}: {path} comes later here than in Imagelist.txt; "
+                "expected the images of both in the same order"
+            )
+        previous = row
+    names = set(listed)
+    return np.fromiter((path in names for path in images), bool, len(images))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of the paper's filter: rows of each split, and what was counted on the way."""
+
+    rows: dict[str, np.ndarray]
+    counts: dict
+
+
+def select(data: NusWide) -> Selection:
+    """Applies the paper's filter (section 4.1) and makes the splits.
+
+    An image is kept if it has a tag and a ground truth, both among the 81 concepts, and its tags
+    cover its ground truth. The official test list is `test`; of the official train list a tenth,
+    chosen by a fixed seed, is `validation`. Images of the train list that have a tag but are not
+    kept are `unlabeled`. A photo id that stands in both lists counts as one of test.
+    """
+    with_tags = data.tags.any(axis=1)
+    with_truth = with_tags & data.ground_truth.any(axis=1)
+    covered = with_truth & ~(data.ground_truth & ~data.tags).any(axis=1)
+
+    ids = data.photo_ids
+    test_ids = {ids[row] for row in np.flatnonzero(data.in_test)}
+    kept: dict[str, int] = {}
+    for row in np.flatnonzero(covered):
+        kept.setdefault(ids[row], row)
+    train = np.array([row for photo, row in kept.items() if photo not in test_ids], int)
+    test = np.array([row for photo, row in kept.items() if photo in test_ids], int)
+    unlabeled: dict[str, int] = {}
+    for row in np.flatnonzero(with_tags & ~covered & data.in_train):
+        if ids[row] not in test_ids and ids[row] not in kept:
+            unlabeled.setdefault(ids[row], row)
+
+    in_validation = np.zeros(len(train), bool)
+    chosen = np.random.default_rng(0).permutation(len(train))[: round(len(train) / 10)]
+    in_validation[chosen] = True
+
+    kept_rows = np.array(sorted(kept.values()), int)
+    num_tags = data.tags[kept_rows].sum(axis=1)
+    num_important = data.ground_truth[kept_rows].sum(axis=1)
+    repeated = len(ids) - len(set(ids))
+    counts = {
+        "rows": len(ids),
+        "with_tags": int(with_tags.sum()),
+        "with_tags_and_ground_truth": int(with_truth.sum()),
+        "covered": int(covered.sum()),
+        "kept": len(kept),
+        "kept_in_train_list": int((covered & data.in_train).sum()),
+        "kept_in_test_list": int((covered & data.in_test).sum()),
+        "kept_with_two_or_more_tags": int((num_tags >= 2).sum()),
+        "mean_important_ratio": round(float((num_important / num_tags).mean()), 6) if kept else 0.0,
+        "photo_ids_listed_twice": repeated,
+    }
+    rows = {"train": train[~in_validation], "validation": train[in_validation], "test": test}
+    return Selection(rows | {"unlabeled": np.array(list(unlabeled.values()), int)}, counts)
