@@ -7,11 +7,12 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from parquet_dataset import InputError
+from parquet_dataset import InputError, Item
 
 CONCEPTS = tuple(
     "airport animal beach bear birds boats book bridge buildings cars castle cat cityscape clouds "
@@ -94,12 +95,16 @@ class TextFile:
                 f"{self.name}, line {line}: byte 0x{found[0].hex()}, expected plain ASCII text"
             )
 
-    def flags(self, rows: int, columns: tuple[str, ...]) -> np.ndarray:
+    def flags(
+        self, columns: tuple[str, ...], rows: int, like: str, correction: tuple[bytes, bytes] = ()
+    ) -> np.ndarray:
         """Reads a table of 0 and 1 separated by blanks.
 
         Args:
+            columns: their names, for messages.
             rows: how many lines there must be.
-            columns: names of the columns, for messages.
+            like: the list that has so many lines, for messages.
+            correction: (what to replace, with what) before reading.
 
         Returns:
             bool array (rows, columns).
@@ -108,40 +113,40 @@ class TextFile:
             InputError: names the line, and what it holds.
         """
         data = self.read().rstrip() + b"\n"
-        text = np.frombuffer(data, np.uint8)
-        symbols = text[(text != ord(" ")) & (text != ord("\r")) & (text != ord("\t"))]
-        digits = (text == ord("0")) | (text == ord("1"))
+        if correction:
+            data = data.replace(*correction)
         # A regular file is a fixed number of lone digits and a line feed, line after line.
-        width = len(columns) + 1
-        regular = symbols.size % width == 0 and not (digits[1:] & digits[:-1]).any()
-        if regular:
-            table = symbols.reshape(-1, width)
-            values = table[:, :-1] == ord("1")
-            regular = (table[:, -1] == ord("\n")).all() and (
-                values | (table[:, :-1] == ord("0"))
-            ).all()
-        if not regular:
-            self._explain_irregular(data, columns)
-        if len(values) != rows:
-            raise InputError(
-                f"{self.name}: {len(values):,} lines, expected {rows:,} as in Imagelist.txt"
-            )
-        return values
+        text = np.frombuffer(data, np.uint8)
+        digits = (text == ord("0")) | (text == ord("1"))
+        lone = not (digits[1:] & digits[:-1]).any()
+        symbols = text[(text != ord(" ")) & (text != ord("\r")) & (text != ord("\t"))]
+        if not lone or symbols.size % (len(columns) + 1):
+            raise self._irregular(data, columns)
+        table = symbols.reshape(-1, len(columns) + 1)
+        values, ends = table[:, :-1], table[:, -1]
+        ones = values == ord("1")
+        if not (ones | (values == ord("0"))).all() or not (ends == ord("\n")).all():
+            raise self._irregular(data, columns)
+        if len(ones) != rows:
+            raise InputError(f"{self.name}: {len(ones):,} lines, expected {rows:,} as in {like}")
+        return ones
 
-    def _explain_irregular(self, data: bytes, columns: tuple[str, ...]) -> None:
+    def _irregular(self, data: bytes, columns: tuple[str, ...]) -> InputError:
+        """Finds the first line that is not as it should be."""
         self.check_plain_text(data)
         for number, line in enumerate(data.decode("ascii").removesuffix("\n").split("\n"), 1):
             values = line.split()
-            if len(values) != len(columns):
-                raise InputError(
-                    f"{self.name}, line {number}: {len(values)} values, expected {len(columns)}"
-                )
-            for column, value in zip(columns, values, strict=True):
+            for column, value in zip(columns, values, strict=False):
                 if value not in ("0", "1"):
-                    raise InputError(
-                        f"{self.name}, line {number}, column {column}: "
+                    return InputError(
+                        f"{self.name}, line {number}, {column}: "
                         f"found {value[:40]!r}, expected 0 or 1"
                     )
+            if len(values) != len(columns):
+                return InputError(
+                    f"{self.name}, line {number}: {len(values)} values, expected {len(columns)}"
+                )
+        raise AssertionError(f"{self.name} is regular")
 
 
 class NusWideFolder:
@@ -205,7 +210,7 @@ class NusWideFolder:
         """
         missing = {}
         for key, (name, download) in PARTS.items():
-            if key not in self._unpacked and key not in self._zipped:
+            if key not in self:
                 missing.setdefault(download, []).append(name)
         if missing:
             parts = ", ".join(
@@ -215,6 +220,9 @@ class NusWideFolder:
             )
             damaged = f"; damaged: {', '.join(self._damaged_zips)}" if self._damaged_zips else ""
             raise InputError(f"{self.root}: missing {parts}{damaged}; they are at {HOMEPAGE}")
+
+    def __contains__(self, name: str) -> bool:
+        return name.lower() in self._unpacked or name.lower() in self._zipped
 
     def file(self, name: str) -> TextFile:
         """Finds a part by its file name; an unpacked one comes before a zipped one.
@@ -237,15 +245,17 @@ class NusWide:
         photo_ids: n photo ids; a few occur twice.
         tags: bool (n, 81), the photographer's tags.
         ground_truth: bool (n, 81), the annotated concepts.
-        in_train: bool (n,), the row is in the official train list.
-        in_test: bool (n,), the row is in the official test list.
+        train_list: the rows of the official train list, int (n_train,).
+        test_list: the rows of the official test list, int (n_test,).
+        notes: known faults of the official files that were met.
     """
 
     photo_ids: list[str]
     tags: np.ndarray
     ground_truth: np.ndarray
-    in_train: np.ndarray
-    in_test: np.ndarray
+    train_list: np.ndarray
+    test_list: np.ndarray
+    notes: list[str]
 
 
 def read_nus_wide(folder: NusWideFolder) -> NusWide:
@@ -256,26 +266,64 @@ def read_nus_wide(folder: NusWideFolder) -> NusWide:
     """
     folder.check_complete()
     _check_concepts(folder.file("Concepts81.txt"))
-    images = _read_image_list(folder.file("Imagelist.txt"))
-    rows: dict[str, int] = {}
+    image_list = folder.file("Imagelist.txt")
+    images = _read_image_list(image_list)
+    first_row: dict[str, int] = {}
     for row, path in enumerate(images):
-        rows.setdefault(path, row)
-    in_train = _find_listed(folder.file("TrainImagelist.txt"), images, rows)
-    in_test = _find_listed(folder.file("TestImagelist.txt"), images, rows)
-    unlisted = np.flatnonzero(~(in_train | in_test))
-    if unlisted.size:
-        raise InputError(
-            f"{folder.file('Imagelist.txt').name}, line {unlisted[0] + 1}: {images[unlisted[0]]} "
-            "is neither in TrainImagelist.txt nor in TestImagelist.txt"
-            f" ({unlisted.size:,} such lines)"
-        )
+        first_row.setdefault(path, row)
+    lists = {
+        split: _find_listed(folder.file(f"{split}Imagelist.txt"), first_row)
+        for split in ("Train", "Test")
+    }
+    listed = set(lists["Train"].tolist()) | set(lists["Test"].tolist())
+    for row, path in enumerate(images):
+        if first_row[path] not in listed:
+            raise InputError(
+                f"{image_list.name}, line {row + 1}: {path} is neither in TrainImagelist.txt "
+                "nor in TestImagelist.txt"
+            )
 
-    tags = folder.file("AllTags81.txt").flags(len(images), CONCEPTS)
+    tags = folder.file("AllTags81.txt").flags(CONCEPTS, len(images), "Imagelist.txt")
     ground_truth = np.empty_like(tags)
+    notes = []
     for column, concept in enumerate(CONCEPTS):
         file = folder.file(f"Labels_{concept}.txt")
-        ground_truth[:, column] = file.flags(len(images), (concept,))[:, 0]
-    return NusWide([photo_id(path) for path in images], tags, ground_truth, in_train, in_test)
+        truth = file.flags((concept,), len(images), "Imagelist.txt")[:, 0]
+        ground_truth[:, column] = truth
+        for split, rows in lists.items():
+            name = f"Labels_{concept}_{split}.txt"
+            if name in folder:
+                notes += _compare(folder.file(name), concept, truth[rows], f"{split}Imagelist.txt")
+    photo_ids = [photo_id(path) for path in images]
+    return NusWide(photo_ids, tags, ground_truth, lists["Train"], lists["Test"], notes)
+
+
+# One line of the official Labels_lake_Train.txt. Nothing is lost: AllLabels has the right value.
+KNOWN_FAULT = b"-1130179"
+
+
+def _compare(file: TextFile, concept: str, truth: np.ndarray, like: str) -> list[str]:
+    """Compares a file of TrainTestLabels with the same labels in AllLabels; returns notes.
+
+    TrainTestLabels is not needed for anything else. It shows whether the rows of AllLabels still
+    belong to the images that the lists say.
+    """
+    notes, unknown = [], None
+    position = file.read().find(KNOWN_FAULT)
+    if position >= 0 and concept == "lake":
+        unknown = file.read().count(b"\n", 0, position)
+        notes.append(
+            f"{file.name}, line {unknown + 1}: {KNOWN_FAULT.decode()} is a known fault of the "
+            f"official file; used instead: {int(truth[unknown])} from AllLabels/Labels_lake.txt"
+        )
+    values = file.flags((concept,), len(truth), like, (KNOWN_FAULT, b"0") if notes else ())[:, 0]
+    for line in np.flatnonzero(values != truth):
+        if line != unknown:
+            raise InputError(
+                f"{file.name}, line {line + 1}: {int(values[line])}, "
+                f"but AllLabels/Labels_{concept}.txt has {int(truth[line])} for this image"
+            )
+    return notes
 
 
 def photo_id(path: str) -> str:
@@ -303,33 +351,27 @@ def _read_image_list(file: TextFile) -> list[str]:
     return paths
 
 
-def _find_listed(file: TextFile, images: list[str], rows: dict[str, int]) -> np.ndarray:
-    """Marks the rows that a list names.
+def _find_listed(file: TextFile, first_row: dict[str, int]) -> np.ndarray:
+    """The rows of Imagelist.txt that TrainImagelist.txt or TestImagelist.txt names, int (lines,).
 
     Args:
-        file: TrainImagelist.txt or TestImagelist.txt.
-        images: the n paths of Imagelist.txt.
-        rows: path -> its first row.
-
-    Returns:
-        bool array (n,).
+        file: the list.
+        first_row: path -> its first row in Imagelist.txt.
     """
-    listed = _read_image_list(file)
-    previous = -1
-    for number, path in enumerate(listed, 1):
-        row = rows.get(path)
+    rows = []
+    for number, path in enumerate(_read_image_list(file), 1):
+        row = first_row.get(path)
         if row is None:
             raise InputError(f"{file.name}, line {number}: {path} is not in Imagelist.txt")
         # Tags and labels belong to images by their line alone. Were the lists of different order,
-        # then one of them has been sorted or shuffled, and perhaps not the one that we could spare.
-        if row < previous:
+        # then one of them has been sorted or shuffled, and nobody knows which.
+        if rows and row < rows[-1]:
             raise InputError(
-                f"{file.name}, line {number}: {path} comes later here than in Imagelist.txt; "
-                "expected the images of both in the same order"
+                f"{file.name}, line {number}: {path} comes earlier in Imagelist.txt than the line "
+                "before it; expected both lists in the same order"
             )
-        previous = row
-    names = set(listed)
-    return np.fromiter((path in names for path in images), bool, len(images))
+        rows.append(row)
+    return np.array(rows, int)
 
 
 @dataclass(frozen=True)
@@ -353,36 +395,70 @@ def select(data: NusWide) -> Selection:
     covered = with_truth & ~(data.ground_truth & ~data.tags).any(axis=1)
 
     ids = data.photo_ids
-    test_ids = {ids[row] for row in np.flatnonzero(data.in_test)}
+    train_ids = {ids[row] for row in data.train_list}
+    test_ids = {ids[row] for row in data.test_list}
     kept: dict[str, int] = {}
     for row in np.flatnonzero(covered):
         kept.setdefault(ids[row], row)
-    train = np.array([row for photo, row in kept.items() if photo not in test_ids], int)
-    test = np.array([row for photo, row in kept.items() if photo in test_ids], int)
     unlabeled: dict[str, int] = {}
-    for row in np.flatnonzero(with_tags & ~covered & data.in_train):
+    for row in data.train_list[(with_tags & ~covered)[data.train_list]]:
         if ids[row] not in test_ids and ids[row] not in kept:
             unlabeled.setdefault(ids[row], row)
 
+    train = np.array([row for photo, row in kept.items() if photo not in test_ids], int)
+    test = np.array([row for photo, row in kept.items() if photo in test_ids], int)
     in_validation = np.zeros(len(train), bool)
     chosen = np.random.default_rng(0).permutation(len(train))[: round(len(train) / 10)]
     in_validation[chosen] = True
+    rows = {
+        "train": train[~in_validation],
+        "validation": train[in_validation],
+        "test": test,
+        "unlabeled": np.array(list(unlabeled.values()), int),
+    }
 
-    kept_rows = np.array(sorted(kept.values()), int)
+    kept_rows = np.array(list(kept.values()), int)
     num_tags = data.tags[kept_rows].sum(axis=1)
-    num_important = data.ground_truth[kept_rows].sum(axis=1)
-    repeated = len(ids) - len(set(ids))
+    ratio = data.ground_truth[kept_rows].sum(axis=1) / num_tags
     counts = {
         "rows": len(ids),
         "with_tags": int(with_tags.sum()),
         "with_tags_and_ground_truth": int(with_truth.sum()),
         "covered": int(covered.sum()),
         "kept": len(kept),
-        "kept_in_train_list": int((covered & data.in_train).sum()),
-        "kept_in_test_list": int((covered & data.in_test).sum()),
+        "kept_in_train_list": int(covered[data.train_list].sum()),
+        "kept_in_test_list": int(covered[data.test_list].sum()),
         "kept_with_two_or_more_tags": int((num_tags >= 2).sum()),
-        "mean_important_ratio": round(float((num_important / num_tags).mean()), 6) if kept else 0.0,
-        "photo_ids_listed_twice": repeated,
+        "mean_important_ratio": round(float(ratio.mean()), 6) if len(ratio) else 0.0,
+        "photo_ids_listed_twice": len(ids) - len(set(ids)),
+        "photo_ids_in_both_lists": len(train_ids & test_ids),
+        "notes": [
+            "A photo id that is listed twice is kept once; one that is in both official lists "
+            "is kept in test alone.",
+            *data.notes,
+        ],
     }
-    rows = {"train": train[~in_validation], "validation": train[in_validation], "test": test}
-    return Selection(rows | {"unlabeled": np.array(list(unlabeled.values()), int)}, counts)
+    return Selection(rows, counts)
+
+
+def selected_items(
+    data: NusWide, selection: Selection, photographs: dict[str, str]
+) -> Iterator[Item]:
+    """The selected rows with their tags by name, split after split.
+
+    Args:
+        data: the official files.
+        selection: rows of each split.
+        photographs: photo id -> path.
+    """
+    for split, rows in selection.rows.items():
+        for row in rows:
+            photo = data.photo_ids[row]
+            important = data.ground_truth[row] & (split != "unlabeled")
+            yield Item(
+                split,
+                item_id=photo,
+                photograph=photographs.get(photo),
+                tags=[CONCEPTS[column] for column in data.tags[row].nonzero()[0]],
+                important_tags=[CONCEPTS[column] for column in important.nonzero()[0]],
+            )

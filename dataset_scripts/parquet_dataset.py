@@ -1,10 +1,10 @@
 """Rows of tags, and their photographs, to a folder of Parquet files that `load_dataset` reads.
 
-Both prepare scripts end here. A dataset is written in two steps. First a `Plan`: the checked rows
-of every split, without photographs, on disk. Then `write_dataset` walks the plan, encodes the
-photographs in parallel and writes shards, a dataset card and counts. All of it happens in
-`OUT.partial`, which takes the name OUT when everything is there; an interrupted run finds its
-finished shards and encoded photographs there and goes on.
+Both prepare scripts end here. A dataset is written in two passes. The first collects the checked
+rows of every split on disk: the plan. The second walks the plan, encodes the photographs in
+parallel and writes shards. All of it happens in `OUT.partial`, which takes the name OUT when
+everything is there; an interrupted run finds its finished shards and encoded photographs there
+and goes on.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ import os
 import shutil
 import sqlite3
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import PIL
@@ -37,10 +37,12 @@ SHARD_STEMS = {
 }
 
 SHARD_BYTES = 200_000_000
-ROWS_PER_GROUP = {True: 100, False: 2_000}  # with and without photographs: about 1 MB either way
+# A row group of photographs is about 1 MB: what a stream or the Hub's viewer fetches at least.
+ROWS_PER_GROUP_WITH_IMAGES = 100
+ROWS_PER_GROUP_WITHOUT = 2_000
 JPEG_QUALITY = 90
 MAX_PIXELS = 89_000_000  # a larger photograph is a mistake or a decompression bomb
-COMMIT_EVERY = 200  # photographs; what an interruption can lose
+COMMIT_EVERY = 200  # photographs; what a killed run can lose
 
 PLAN_SCHEMA = pa.schema(
     {
@@ -56,202 +58,6 @@ class InputError(Exception):
     """What the user gave cannot be used; the message is one line that says what and why."""
 
 
-@dataclass
-class Plan:
-    """The rows of a dataset before its photographs are read.
-
-    Attributes:
-        folder: holds one Parquet file of rows for each split, `PLAN_SCHEMA`.
-        photograph_root: the folder that `photograph` paths start from; None for a tag-only dataset.
-        counts: what the filter counted, for `counts.json`.
-    """
-
-    folder: Path
-    photograph_root: Path | None
-    counts: dict = field(default_factory=dict)
-
-    def path(self, split: str) -> Path:
-        """The file that holds the rows of a split."""
-        return self.folder / f"{split}.parquet"
-
-    def fingerprint(self, short_side: int) -> str:
-        """A digest of all that decides the bytes of the dataset."""
-        digest = hashlib.sha256(
-            repr((pa.__version__, PIL.__version__, short_side, self.photograph_root)).encode()
-        )
-        for split in SHARD_STEMS:
-            with self.path(split).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-            if self.photograph_root:
-                for row in plan_rows(self.path(split), columns=["photograph"]):
-                    digest.update(self._state(row["photograph"]))
-        return digest.hexdigest()
-
-    def _state(self, photograph: str | None) -> bytes:
-        """Changes when a photograph does: one that was broken or missing may be there by now."""
-        if photograph is None:
-            return b"missing"
-        try:
-            state = (self.photograph_root / photograph).stat()
-        except OSError:
-            return b"missing"
-        return f"{state.st_size} {state.st_mtime_ns}".encode()
-
-
-class PlanWriter:
-    """Collects checked rows by split and writes them to disk in batches.
-
-    Args:
-        folder: becomes `Plan.folder`; made anew.
-    """
-
-    def __init__(self, folder: Path):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self._rows: dict[str, list[dict]] = {split: [] for split in SHARD_STEMS}
-        self._writers = {
-            split: pq.ParquetWriter(folder / f"{split}.parquet", PLAN_SCHEMA)
-            for split in SHARD_STEMS
-        }
-
-    def add(
-        self,
-        split: str,
-        item_id: str,
-        photograph: str | None,
-        tags: list[str],
-        important_tags: list[str],
-    ) -> None:
-        """Adds one row to a split; `photograph` is None where there is none."""
-        rows = self._rows[split]
-        rows.append(
-            {
-                "item_id": item_id,
-                "photograph": photograph,
-                "tags": tags,
-                "important_tags": important_tags,
-            }
-        )
-        if len(rows) >= 10_000:
-            self._flush(split)
-
-    def _flush(self, split: str) -> None:
-        self._writers[split].write_table(pa.Table.from_pylist(self._rows[split], PLAN_SCHEMA))
-        self._rows[split].clear()
-
-    def close(self) -> None:
-        """Writes what is left; the plan is complete afterwards."""
-        for split, writer in self._writers.items():
-            self._flush(split)
-            writer.close()
-
-
-def plan_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict]:
-    """The rows of one split of a plan, a few in memory at a time."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1_000, columns=columns):
-            yield from batch.to_pylist()
-
-
-def partial_folder(out: Path) -> Path:
-    """The folder in which OUT is made. Refuses an OUT that another program has filled.
-
-    Raises:
-        InputError: OUT exists and is not a dataset written here.
-    """
-    if out.exists() and not (out / "counts.json").exists():
-        if not out.is_dir() or any(out.iterdir()):
-            raise InputError(
-                f"{out}: holds other files, expected a new folder or a dataset of ours"
-            )
-    return out.with_name(out.name + ".partial")
-
-
-def write_dataset(plan: Plan, out: Path, short_side: int) -> dict:
-    """Reads the photographs of a plan and writes the dataset.
-
-    Args:
-        plan: the rows; its folder lies in `partial_folder(out)`.
-        out: the folder to make; an older dataset there is replaced at the very end.
-        short_side: photographs are shrunk to this many pixels on their short side, never enlarged.
-
-    Returns:
-        The counts as written to `counts.json`.
-
-    Raises:
-        InputError: no row of the train split is left.
-    """
-    # A photograph of suspicious size is refused rather than announced.
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    partial = partial_folder(out)
-    progress = Progress(partial / "progress.sqlite", plan.fingerprint(short_side))
-    for stem in SHARD_STEMS.values():
-        (partial / stem).parent.mkdir(parents=True, exist_ok=True)
-
-    total = sum(pq.read_metadata(plan.path(split)).num_rows for split in SHARD_STEMS)
-    with tqdm(total=total, desc="writing", unit="row") as bar:
-        for split in SHARD_STEMS:
-            _write_split(plan, split, partial, short_side, progress, bar)
-    faults = progress.faults()
-    progress.close()
-
-    splits = {
-        split: sum(pq.read_metadata(shard).num_rows for shard in shards(partial, split))
-        for split in SHARD_STEMS
-    }
-    if splits["train"] == 0:
-        raise InputError(f"no row is left for the train split: {_why_empty(faults)}")
-    counts = plan.counts | {"unusable_images": len(faults), "splits": splits}
-    (partial / "missing_images.txt").write_text(
-        "".join(f"{split}\t{item_id}\t{path}\t{why}\n" for split, item_id, path, why in faults)
-    )
-    (partial / "counts.json").write_text(json.dumps(counts, indent=2) + "\n")
-    (partial / "README.md").write_text(_card())
-    _publish(partial, out, plan.folder)
-    return counts
-
-
-def _why_empty(faults: list[tuple]) -> str:
-    if not faults:
-        return "the filter kept none"
-    _, item_id, _, why = faults[0]
-    return f"{len(faults)} photographs cannot be used, the first is that of {item_id} ({why})"
-
-
-def _card() -> str:
-    lines = ["---", "configs:"]
-    for config, splits in {
-        "default": {name: name for name in ("train", "validation", "test")},
-        "unlabeled": {"train": "unlabeled"},
-    }.items():
-        lines += [f"- config_name: {config}", "  data_files:"]
-        for name, split in splits.items():
-            lines += [f"  - split: {name}", f"    path: {SHARD_STEMS[split]}-*.parquet"]
-    return "\n".join([*lines, "---", ""])
-
-
-def _publish(partial: Path, out: Path, *scaffolding: Path) -> None:
-    """Gives the finished folder its final name."""
-    for path in scaffolding:
-        shutil.rmtree(path)
-    (partial / "progress.sqlite").unlink()
-    older = out.with_name(out.name + ".older")
-    shutil.rmtree(older, ignore_errors=True)
-    if out.exists():
-        out.rename(older)
-    partial.rename(out)
-    shutil.rmtree(older, ignore_errors=True)
-
-
-def shards(folder: Path, split: str) -> list[Path]:
-    """The Parquet files of a split, in order."""
-    stem = folder / SHARD_STEMS[split]
-    return sorted(stem.parent.glob(stem.name + "-*.parquet"))
-
-
-# ------------------------------------------------------------------------------------- shards
-
-
 def features(with_images: bool) -> datasets.Features:
     """The columns of a prepared dataset."""
     columns = {
@@ -265,87 +71,274 @@ def features(with_images: bool) -> datasets.Features:
     return datasets.Features(columns)
 
 
-def _write_split(
-    plan: Plan, split: str, partial: Path, short_side: int, progress: "Progress", bar: tqdm
-) -> None:
-    """Writes the shards of one split that are not there yet."""
-    root = plan.photograph_root
-    schema = features(with_images=root is not None).arrow_schema
-    rows_per_group = ROWS_PER_GROUP[root is not None]
-    number, position = progress.finished_shards(split)
-    bar.update(position)
-
-    rows = islice(plan_rows(plan.path(split)), position, None)
-    if root is not None:
-        rows = _with_photographs(rows, root, short_side, progress, split, position)
-    groups = iter(lambda: list(islice(rows, rows_per_group)), [])
-    group = next(groups, [])
-    while group or number == 0:  # a split without rows is one shard without rows
-        final = partial / f"{SHARD_STEMS[split]}-{number:05d}.parquet"
-        unfinished = final.with_suffix(".unfinished")
-        shard_bytes = 0
-        with pq.ParquetWriter(unfinished, schema, write_page_index=True) as writer:
-            while group and shard_bytes < SHARD_BYTES:
-                usable = [row for row in group if root is None or row["image"]]
-                table = pa.Table.from_pylist(usable, schema)
-                writer.write_table(table)
-                shard_bytes += table.nbytes
-                position += len(group)
-                bar.update(len(group))
-                group = next(groups, [])
-        unfinished.rename(final)
-        number += 1
-        progress.finish_shard(split, number, position)
+def shards(folder: Path, split: str) -> list[Path]:
+    """The Parquet files of a split, in order."""
+    stem = folder / SHARD_STEMS[split]
+    return sorted(stem.parent.glob(stem.name + "-*.parquet"))
 
 
-def _with_photographs(
-    rows: Iterator[dict],
-    root: Path,
-    short_side: int,
-    progress: "Progress",
-    split: str,
-    position: int,
-) -> Iterator[dict]:
-    """Adds `image` to the rows of a split, from `position` on; None where it cannot be used.
+class Item(NamedTuple):
+    """One row of a dataset before its photograph is read.
 
-    Photographs that an interrupted run has encoded are taken from its progress file. The others
-    are encoded by threads (Pillow works outside of Python's lock), a few of them ahead at a time,
-    so that memory does not grow with the number of rows.
+    Attributes:
+        split: a key of `SHARD_STEMS`.
+        item_id: unique in the dataset.
+        photograph: path relative to the root of photographs; None where there is none.
+        tags: candidate tags.
+        important_tags: the important ones among them; empty in `unlabeled`.
     """
-    stored = progress.photographs(split, position)
-    for jpeg, row in zip(stored, rows, strict=False):
-        yield row | {"image": _image_cell(row, jpeg)}
-        position += 1
 
-    workers = os.cpu_count() or 1
-    ahead: deque[tuple[dict, Future]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        while True:
-            for row in islice(rows, 16 * workers - len(ahead)):
-                job = pool.submit(encode_photograph, root, row["photograph"], short_side)
-                ahead.append((row, job))
-            if not ahead:
-                return
-            row, job = ahead.popleft()
-            try:
-                jpeg = job.result()
-            except UnusablePhotograph as error:
-                jpeg = b""
-                progress.add_fault(split, row["item_id"], row["photograph"] or "", str(error))
-            progress.add_photograph(split, position, jpeg)
+    split: str
+    item_id: str
+    photograph: str | None
+    tags: list[str]
+    important_tags: list[str]
+
+
+class DatasetWriter:
+    """Writes one dataset: `add` every row, then `write_shards`, then `publish`.
+
+    A context manager: inside, no other run can write the same dataset.
+
+    Args:
+        out: the folder to make; an older dataset there is replaced at the very end.
+        photograph_root: the folder that paths of photographs start from; None for tags alone.
+        short_side: photographs are shrunk to this many pixels on their short side, never enlarged.
+
+    Attributes:
+        folder: where the dataset lies until it is published.
+
+    Raises:
+        InputError: OUT holds files of another program, or another run is writing it.
+    """
+
+    def __init__(self, out: Path, photograph_root: Path | None, short_side: int):
+        if out.exists() and not (out / "counts.json").exists():
+            if not out.is_dir() or any(out.iterdir()):
+                raise InputError(f"{out}: holds other files, expected a new folder or a dataset")
+        self.out = out
+        self.folder = out.with_name(out.name + ".partial")
+        self._root = photograph_root
+        self._short_side = short_side
+        # A photograph of suspicious size is refused rather than announced.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+    def __enter__(self) -> "DatasetWriter":
+        try:
+            for stem in SHARD_STEMS.values():
+                (self.folder / stem).parent.mkdir(parents=True, exist_ok=True)
+            self._progress = Progress(self.folder / "progress.sqlite")
+            self._plan = Plan(self.folder / "plan")
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written ({error})") from error
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        self._plan.close()
+        self._progress.close()
+        # Nothing to go on from, so nothing to leave behind: most likely the input is wrong.
+        if error_type is not None and self._progress.is_empty:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, item: Item) -> None:
+        """Adds one row."""
+        self._plan.add(item)
+
+    def write_shards(self) -> dict:
+        """Reads the photographs and writes the shards and `missing_images.txt`.
+
+        Returns:
+            Counts: `missing_images`, `unreadable_images`, and the rows of every split.
+
+        Raises:
+            InputError: no row is left for the train split.
+        """
+        self._plan.close()
+        self._progress.begin(self._fingerprint(), self.folder)
+        total = sum(pq.read_metadata(self._plan.path(split)).num_rows for split in SHARD_STEMS)
+        with tqdm(total=total, desc="writing", unit="row") as bar:
+            for split in SHARD_STEMS:
+                self._write_split(split, bar)
+
+        faults = self._progress.faults()
+        (self.folder / "missing_images.txt").write_text(
+            "".join("\t".join(fault) + "\n" for fault in faults), encoding="utf-8"
+        )
+        kinds = Counter(reason.partition(":")[0] for *_, reason in faults)
+        rows = {
+            split: sum(pq.read_metadata(shard).num_rows for shard in shards(self.folder, split))
+            for split in SHARD_STEMS
+        }
+        if rows["train"] == 0:
+            reason = "the filter kept none"
+            if faults:
+                _, item_id, path, fault = faults[0]
+                reason = (
+                    f"{len(faults):,} photographs are unusable, first {item_id} {path}: {fault}"
+                )
+            raise InputError(f"no row is left for the train split: {reason}")
+        return {
+            "missing_images": kinds["missing"],
+            "unreadable_images": kinds["unreadable"],
+            "splits": rows,
+        }
+
+    def publish(self, counts: dict) -> None:
+        """Writes `counts.json` and gives the finished folder its final name."""
+        (self.folder / "counts.json").write_text(json.dumps(counts, indent=2) + "\n")
+        self._progress.close()
+        (self.folder / "progress.sqlite").unlink()
+        shutil.rmtree(self.folder / "plan")
+        older = self.out.with_name(self.out.name + ".older")
+        shutil.rmtree(older, ignore_errors=True)
+        if self.out.exists():
+            self.out.rename(older)
+        self.folder.rename(self.out)
+        shutil.rmtree(older, ignore_errors=True)
+
+    def _fingerprint(self) -> str:
+        """A digest of all that decides the bytes of the dataset."""
+        digest = hashlib.sha256(
+            repr((pa.__version__, PIL.__version__, self._short_side, self._root)).encode()
+        )
+        for split in SHARD_STEMS:
+            with self._plan.path(split).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+            if self._root is not None:
+                for row in self._plan.rows(split, columns=["photograph"]):
+                    digest.update(self._state(row["photograph"]))
+        return digest.hexdigest()
+
+    def _state(self, photograph: str | None) -> bytes:
+        """Changes when a photograph does: one that was broken or missing may be there by now."""
+        try:
+            status = (self._root / photograph).stat()
+        except (TypeError, ValueError, OSError):
+            return b"missing"
+        return f"{status.st_size} {status.st_mtime_ns}".encode()
+
+    def _write_split(self, split: str, bar: tqdm) -> None:
+        """Writes the shards of one split that are not there yet."""
+        schema = features(with_images=self._root is not None).arrow_schema
+        rows_per_group = (
+            ROWS_PER_GROUP_WITHOUT if self._root is None else ROWS_PER_GROUP_WITH_IMAGES
+        )
+        number, position = self._progress.finished_shards(split)
+        bar.update(position)
+
+        rows = islice(self._plan.rows(split), position, None)
+        if self._root is not None:
+            rows = self._with_photographs(rows, split, position)
+        groups = iter(lambda: list(islice(rows, rows_per_group)), [])
+        group = next(groups, [])
+        while group or number == 0:  # a split without rows is one shard without rows
+            final = self.folder / f"{SHARD_STEMS[split]}-{number:05d}.parquet"
+            unfinished = final.with_suffix(".unfinished")
+            shard_bytes = 0
+            with pq.ParquetWriter(unfinished, schema, write_page_index=True) as writer:
+                while group and shard_bytes < SHARD_BYTES:
+                    usable = [row for row in group if self._root is None or row["image"]]
+                    table = pa.Table.from_pylist(usable, schema)
+                    writer.write_table(table)
+                    shard_bytes += table.nbytes
+                    position += len(group)
+                    bar.update(len(group))
+                    group = next(groups, [])
+            unfinished.rename(final)
+            self._progress.finish_shard(split, number, position)
+            number += 1
+
+    def _with_photographs(self, rows: Iterator[dict], split: str, position: int) -> Iterator[dict]:
+        """Adds `image` to the rows of a split, from `position` on; None where it is unusable.
+
+        Photographs that an interrupted run has encoded are taken from its progress file. The
+        others are encoded by threads (Pillow works outside of Python's lock), a few of them ahead
+        at a time, so that memory does not grow with the number of rows.
+        """
+        for jpeg, row in zip(self._progress.photographs(split, position), rows, strict=False):
             yield row | {"image": _image_cell(row, jpeg)}
             position += 1
+
+        workers = os.cpu_count() or 1
+        ahead: deque[tuple[dict, Future]] = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            while True:
+                for row in islice(rows, 16 * workers - len(ahead)):
+                    job = pool.submit(
+                        encode_photograph, self._root, row["photograph"], self._short_side
+                    )
+                    ahead.append((row, job))
+                if not ahead:
+                    return
+                row, job = ahead.popleft()
+                try:
+                    jpeg = job.result()
+                except UnusablePhotograph as error:
+                    jpeg = b""
+                    path = row["photograph"] or ""
+                    self._progress.add_fault(split, row["item_id"], path, str(error))
+                self._progress.add_photograph(split, position, jpeg)
+                yield row | {"image": _image_cell(row, jpeg)}
+                position += 1
 
 
 def _image_cell(row: dict, jpeg: bytes) -> dict | None:
     return {"bytes": jpeg, "path": f"{row['item_id']}.jpg"} if jpeg else None
 
 
+# --------------------------------------------------------------------------------------- plan
+
+
+class Plan:
+    """The rows of every split on disk, before their photographs are read.
+
+    Args:
+        folder: made anew; holds one Parquet file for each split.
+    """
+
+    def __init__(self, folder: Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        self._folder = folder
+        self._rows: dict[str, list[dict]] = {split: [] for split in SHARD_STEMS}
+        self._writers = {
+            split: pq.ParquetWriter(self.path(split), PLAN_SCHEMA) for split in SHARD_STEMS
+        }
+
+    def path(self, split: str) -> Path:
+        """The file that holds the rows of a split."""
+        return self._folder / f"{split}.parquet"
+
+    def add(self, item: Item) -> None:
+        """Adds one row to its split."""
+        rows = self._rows[item.split]
+        rows.append(item._asdict())
+        if len(rows) >= 5_000:
+            self._flush(item.split)
+
+    def _flush(self, split: str) -> None:
+        self._writers[split].write_table(pa.Table.from_pylist(self._rows[split], PLAN_SCHEMA))
+        self._rows[split].clear()
+
+    def close(self) -> None:
+        """Writes what is left; the plan is complete, and can be read."""
+        for split, writer in self._writers.items():
+            self._flush(split)
+            writer.close()
+        self._writers = {}
+
+    def rows(self, split: str, columns: list[str] | None = None) -> Iterator[dict]:
+        """The rows of a split in the order of their adding, a few in memory at a time."""
+        with pq.ParquetFile(self.path(split)) as file:
+            for batch in file.iter_batches(batch_size=1_000, columns=columns):
+                yield from batch.to_pylist()
+
+
 # -------------------------------------------------------------------------------- photographs
 
 
 class UnusablePhotograph(Exception):
-    """A photograph is missing or cannot be read; the message says which of the two, and why."""
+    """A photograph is "missing" or "unreadable: why"."""
 
 
 def encode_photograph(root: Path, path: str | None, short_side: int) -> bytes:
@@ -364,20 +357,19 @@ def encode_photograph(root: Path, path: str | None, short_side: int) -> bytes:
     try:
         with Image.open(root / path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise UnusablePhotograph(f"{image.width} x {image.height} pixels are too many")
-            shrink = short_side / min(image.size)
-            if shrink < 1:
-                size = tuple(max(1, round(length * shrink)) for length in image.size)
-                # A JPEG decoder can skip detail that the smaller size would lose anyway.
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            scale = short_side / min(image.size)
+            if scale < 1:
+                size = tuple(max(1, round(length * scale)) for length in image.size)
+                # A JPEG decoder can leave out the detail that the smaller size would lose anyway.
                 image.draft("RGB", size)
                 image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UnusablePhotograph("missing") from None
-    except UnusablePhotograph:
-        raise
     except Exception as error:  # Pillow raises a dozen kinds for files that are no photographs
-        raise UnusablePhotograph(f"unreadable: {' '.join(str(error).split())}") from error
+        why = " ".join(str(error).split()).replace(f"{root}{os.sep}", "")
+        raise UnusablePhotograph(f"unreadable: {why}") from error
     file = io.BytesIO()
     upright.save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
@@ -387,43 +379,61 @@ def encode_photograph(root: Path, path: str | None, short_side: int) -> bytes:
 
 
 class Progress:
-    """What an interrupted run has finished, in one SQLite file.
+    """What an interrupted run has finished, in one SQLite file that only one run can hold.
 
     Args:
-        path: the file. One that belongs to other input is thrown away.
-        fingerprint: identifies the input and the options.
+        path: the file.
+
+    Attributes:
+        is_empty: there is nothing to go on from.
 
     Raises:
-        InputError: another run is writing this dataset now.
+        InputError: another run holds the file.
     """
 
-    def __init__(self, path: Path, fingerprint: str):
+    def __init__(self, path: Path):
+        self.is_empty = True
         self._uncommitted = 0
         try:
-            self._open(path)
-            known = self._database.execute("SELECT fingerprint FROM input").fetchone()
-            if known != (fingerprint,):
-                self._database.close()
-                path.unlink()
-                self._open(path)
-                self._database.execute("INSERT INTO input VALUES (?)", (fingerprint,))
-                self._database.commit()
-        except sqlite3.OperationalError as error:
-            raise InputError(f"{path}: {error}; is another run writing this dataset?") from None
+            self._database = sqlite3.connect(path, timeout=1)
+            self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._database.execute("BEGIN EXCLUSIVE")
+            for table in (
+                "input (fingerprint TEXT)",
+                "shards (split TEXT, number INTEGER, position INTEGER)",
+                "photographs (split TEXT, position INTEGER, jpeg BLOB,"
+                " PRIMARY KEY (split, position))",
+                "faults (split TEXT, item_id TEXT, path TEXT, why TEXT)",
+            ):
+                self._database.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+            self._database.commit()
+        except sqlite3.DatabaseError as error:
+            raise InputError(
+                f"{path}: {error}; if no other run is writing this dataset, delete {path.parent}"
+            ) from error
+        self.is_empty = not self._count("shards") and not self._count("photographs")
 
-    def _open(self, path: Path) -> None:
-        self._database = sqlite3.connect(path, timeout=1)
-        self._database.executescript(
-            """
-            PRAGMA locking_mode = EXCLUSIVE;
-            CREATE TABLE IF NOT EXISTS input (fingerprint TEXT);
-            CREATE TABLE IF NOT EXISTS shards (split TEXT, number INTEGER, position INTEGER);
-            CREATE TABLE IF NOT EXISTS photographs (
-                split TEXT, position INTEGER, jpeg BLOB, PRIMARY KEY (split, position)
-            );
-            CREATE TABLE IF NOT EXISTS faults (split TEXT, item_id TEXT, path TEXT, why TEXT);
-            """
-        )
+    def _count(self, table: str) -> int:
+        return self._database.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+    def begin(self, fingerprint: str, folder: Path) -> None:
+        """Keeps the progress if it belongs to the same input, and otherwise forgets it.
+
+        Args:
+            fingerprint: identifies the input and the options.
+            folder: holds the shards, which are removed if they are of other input.
+        """
+        known = self._database.execute("SELECT fingerprint FROM input").fetchone()
+        if known == (fingerprint,):
+            return
+        for split in SHARD_STEMS:
+            for shard in shards(folder, split):
+                shard.unlink()
+        for table in ("input", "shards", "photographs", "faults"):
+            self._database.execute(f"DELETE FROM {table}")
+        self._database.execute("INSERT INTO input VALUES (?)", (fingerprint,))
+        self._database.commit()
+        self.is_empty = True
 
     def finished_shards(self, split: str) -> tuple[int, int]:
         """How many shards of a split are finished, and how many rows of the plan they cover."""
@@ -432,15 +442,15 @@ class Progress:
         ).fetchone()
 
     def finish_shard(self, split: str, number: int, position: int) -> None:
-        """Records that the first `number` shards cover the rows before `position`."""
+        """Records that a shard is finished, and that it ends before row `position` of the plan."""
         self._database.execute("INSERT INTO shards VALUES (?, ?, ?)", (split, number, position))
         self._database.execute(
             "DELETE FROM photographs WHERE split = ? AND position < ?", (split, position)
         )
-        self._database.commit()
+        self._commit()
 
     def photographs(self, split: str, position: int) -> Iterator[bytes]:
-        """The encoded photographs of a split from `position` on; empty ones cannot be used."""
+        """The encoded photographs of a split from `position` on; empty ones are unusable."""
         for (jpeg,) in self._database.execute(
             "SELECT jpeg FROM photographs WHERE split = ? AND position >= ? ORDER BY position",
             (split, position),
@@ -448,24 +458,28 @@ class Progress:
             yield jpeg
 
     def add_photograph(self, split: str, position: int, jpeg: bytes) -> None:
-        """Records an encoded photograph, empty if it cannot be used."""
+        """Records an encoded photograph, empty if it is unusable."""
         self._database.execute("INSERT INTO photographs VALUES (?, ?, ?)", (split, position, jpeg))
         self._uncommitted += 1
         if self._uncommitted >= COMMIT_EVERY:
-            self._database.commit()
-            self._uncommitted = 0
+            self._commit()
 
     def add_fault(self, split: str, item_id: str, path: str, why: str) -> None:
-        """Records why a photograph cannot be used; committed together with the photograph."""
-        self._database.execute(
-            "INSERT INTO faults VALUES (?, ?, ?, ?)", (split, item_id, path, why)
-        )
+        """Records why a photograph is unusable; committed together with the photograph."""
+        fault = (split, item_id, path, why)
+        self._database.execute("INSERT INTO faults VALUES (?, ?, ?, ?)", fault)
 
     def faults(self) -> list[tuple[str, str, str, str]]:
-        """(split, item id, path, reason) of every photograph that cannot be used, in order."""
+        """(split, item id, path, reason) of every unusable photograph, in order."""
         return self._database.execute("SELECT * FROM faults ORDER BY rowid").fetchall()
+
+    def _commit(self) -> None:
+        self._database.commit()
+        self._uncommitted = 0
+        self.is_empty = False
 
     def close(self) -> None:
         """Releases the file."""
-        self._database.commit()
+        if self._uncommitted:
+            self._commit()
         self._database.close()

@@ -7,71 +7,89 @@ import argparse
 import sys
 from pathlib import Path
 
-from nus_wide import CONCEPTS, HOMEPAGE, NusWide, NusWideFolder, Selection, read_nus_wide, select
-from parquet_dataset import InputError, Plan, PlanWriter, partial_folder, write_dataset
+from dataset_card import CardText
+from nus_wide import HOMEPAGE, NusWideFolder, read_nus_wide, select, selected_items
+from parquet_dataset import InputError
+from prepare_command import add_output_arguments, run, write
+
+CARD_TEXT = CardText(
+    name="NUS-WIDE for extractive tags summarization",
+    metadata={
+        "language": ["en"],
+        "license": "other",
+        "license_name": "nus-wide",
+        "license_link": HOMEPAGE,
+        "annotations_creators": ["expert-generated"],
+        "source_datasets": ["extended|nus-wide"],
+    },
+    introduction=f"""Flickr photographs with the tags of their photographers (`tags`) and the ones
+that annotators confirmed (`important_tags`), both out of 81 concepts. Made from the files of
+[NUS-WIDE]({HOMEPAGE}) by `prepare_nus_wide.py`, with the filter of section 4.1 of
+[MAGNeto](https://arxiv.org/abs/2011.04349): kept are the images whose tags cover their ground
+truth. The complete NUS-WIDE has 269,648 rows, of which 26,559 images are kept.
+
+`test` is the official test list. `validation` is a tenth of the official train list, chosen by a
+fixed seed. `unlabeled` holds the images of the official train list that have a tag but are not
+kept; none of them is in `validation` or `test`. A photo id that is listed twice is kept once, and
+one that stands in both official lists is kept in `test` alone.""",
+    steps=[
+        ("rows", "rows of the official list"),
+        ("with_tags", "with at least one of the 81 tags"),
+        ("with_tags_and_ground_truth", "and with at least one of the 81 concepts as ground truth"),
+        ("covered", "whose tags cover the ground truth"),
+        ("kept", "different photo ids among them: kept"),
+        ("kept_in_train_list", "of these in the official train list"),
+        ("kept_in_test_list", "of these in the official test list"),
+        ("kept_with_two_or_more_tags", "kept with two or more tags"),
+        ("mean_important_ratio", "mean share of important tags over kept images"),
+    ],
+    ending="""## Licence
+
+NUS-WIDE is for research use. Each photograph belongs to its photographer, under the licence chosen
+on Flickr; publish photographs only if you may.
+
+## Citation
+
+```bibtex
+@inproceedings{chua2009nuswide,
+  title = {{NUS-WIDE}: A Real-World Web Image Database from National University of Singapore},
+  author = {Chua, Tat-Seng and Tang, Jinhui and Hong, Richang and Li, Haojie and Luo, Zhiping
+            and Zheng, Yan-Tao},
+  booktitle = {Proc. of ACM Conf. on Image and Video Retrieval (CIVR)},
+  year = {2009}
+}
+
+@article{phung2020magneto,
+  title = {{MAGNeto}: An Efficient Deep Learning Method for the Extractive Tags Summarization
+           Problem},
+  author = {Phung, Hieu Trong and Vu, Anh Tuan and Nguyen, Tung Dinh and Do, Lam Thanh
+            and Ngo, Giang Nam and Tran, Trung Thanh and L\\^e, Ngoc C.},
+  year = {2020}
+}
+```""",
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("nus_wide_dir", metavar="NUS_WIDE_DIR", type=Path)
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
-    parser.add_argument("--no_images", action="store_true", help="tags only, without photographs")
     parser.add_argument(
-        "--short_side", type=int, default=144, help="photographs are shrunk to this many pixels"
+        "nus_wide_dir", metavar="NUS_WIDE_DIR", type=Path, help="the downloads, unpacked or zipped"
     )
-    args = parser.parse_args()
-    if args.short_side < 1:
-        parser.error(f"--short_side is {args.short_side}, expected at least 1")
-    try:
-        prepare(args.nus_wide_dir, args.out, not args.no_images, args.short_side)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    add_output_arguments(parser)
+    return run(prepare, parser.parse_args())
 
 
-def prepare(nus_wide_dir: Path, out: Path, with_images: bool, short_side: int) -> None:
-    """Reads, filters, plans and writes, in this order."""
-    partial = partial_folder(out)
-    folder = NusWideFolder(nus_wide_dir)
+def prepare(args: argparse.Namespace) -> None:
+    folder = NusWideFolder(args.nus_wide_dir)
     data = read_nus_wide(folder)
-    selection = select(data)
-    for name, count in selection.counts.items():
-        print(f"{name:>28}: {count:,}")
-    if with_images and not folder.photographs:
+    if not args.no_images and not folder.photographs:
         raise InputError(
-            f"{nus_wide_dir}: no photographs, expected Flickr/<folder>/<nnnn>_<id>.jpg or <id>.jpg "
-            f"(on request at {HOMEPAGE}); --no_images makes a dataset without them"
+            f"{args.nus_wide_dir}: no photographs, expected Flickr/<folder>/<nnnn>_<id>.jpg or "
+            f"<id>.jpg (on request at {HOMEPAGE}); --no_images makes a dataset without them"
         )
-    plan = Plan(partial / "plan", nus_wide_dir if with_images else None, selection.counts)
-    write_plan(plan, data, selection, folder.photographs)
-    counts = write_dataset(plan, out, short_side)
-    for name, count in counts["splits"].items():
-        print(f"{name:>28}: {count:,} rows")
-    print(f"{out} is ready: load_dataset({str(out)!r})")
-
-
-def write_plan(
-    plan: Plan, data: NusWide, selection: Selection, photographs: dict[str, str]
-) -> None:
-    """Writes the rows of every split, with the tags by name."""
-    writer = PlanWriter(plan.folder)
-    for split, rows in selection.rows.items():
-        for row in rows:
-            photo = data.photo_ids[row]
-            tags = [CONCEPTS[column] for column in data.tags[row].nonzero()[0]]
-            important = [CONCEPTS[column] for column in data.ground_truth[row].nonzero()[0]]
-            writer.add(
-                split,
-                photo,
-                photographs.get(photo),
-                tags,
-                [] if split == "unlabeled" else important,
-            )
-    writer.close()
+    selection = select(data)
+    items = selected_items(data, selection, folder.photographs)
+    write(args, items, args.nus_wide_dir, selection.counts, CARD_TEXT)
 
 
 if __name__ == "__main__":
