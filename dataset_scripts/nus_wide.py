@@ -38,6 +38,7 @@ PARTS = {
     ]
 }
 
+LISTED_PATH = re.compile(r"(.*/)?(\d+_)?\d+\.jpg")
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -186,7 +187,7 @@ class NusWideFolder:
     def _add(self, name: str) -> None:
         stem, suffix = os.path.splitext(os.path.basename(name).lower())
         if suffix in PHOTOGRAPH_SUFFIXES:
-            self.photographs.setdefault(stem.rpartition("_")[2], name)
+            self.photographs.setdefault(photo_id(stem), name)
         elif suffix == ".txt":
             self._unpacked.setdefault(stem + suffix, []).append(TextFile(name, self.root / name))
         elif suffix == ".zip":
@@ -328,7 +329,7 @@ def _compare(file: TextFile, concept: str, truth: np.ndarray, like: str) -> list
 
 def photo_id(path: str) -> str:
     """`actor/0001_2124494179.jpg` and `2124494179.jpg` are photograph 2124494179."""
-    return PurePosixPath(path).stem.rpartition("_")[2]
+    return path.rpartition("/")[2].partition(".")[0].rpartition("_")[2]
 
 
 def _check_concepts(file: TextFile) -> None:
@@ -343,7 +344,7 @@ def _check_concepts(file: TextFile) -> None:
 def _read_image_list(file: TextFile) -> list[str]:
     paths = [line.replace("\\", "/") for line in file.lines()]
     for number, path in enumerate(paths, 1):
-        if not re.fullmatch(r"(.*/)?(\d+_)?\d+\.jpg", path):
+        if not LISTED_PATH.fullmatch(path):
             raise InputError(
                 f"{file.name}, line {number}: found {path[:80]!r}, "
                 r"expected a path such as actor\0001_2124494179.jpg"

@@ -1,0 +1,65 @@
+"""Turns a table of your own photographs and tags into a Parquet dataset.
+
+python dataset_scripts/prepare_table.py TABLE IMAGE_DIR OUT [--no_images]
+
+The table is CSV, TSV, JSON Lines or Parquet, with a row for each photograph: item id, tags,
+important tags (empty where unknown), and if you like the photograph's path below IMAGE_DIR.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dataset_card import CardText
+from prepare_command import add_output_arguments, run, write
+from tag_table import TableFormat, TagTable
+
+STEPS = [
+    ("rows", "rows of the table"),
+    ("repeated_ids", "left out: the item id of an earlier row"),
+    ("with_tags", "with at least one tag"),
+    ("with_tags_and_important_tags", "and with at least one important tag"),
+    ("covered", "whose tags contain the important ones: kept"),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", metavar="TABLE", type=Path, help=".csv, .tsv, .jsonl or .parquet")
+    parser.add_argument(
+        "image_dir", metavar="IMAGE_DIR", type=Path, help="photographs; none may lie outside"
+    )
+    add_output_arguments(parser)
+    default = TableFormat()
+    for field, meaning in {
+        "id_column": "column of the item ids",
+        "tags_column": "column of the tags; in the wide layout, what 0/1 columns begin with",
+        "important_tags_column": "the same for the important tags",
+        "image_column": "column of the paths; without it, the photographs are called by item id",
+        "split_column": "column that says train, validation or test; without it, a random tenth "
+        "of the kept rows is test and another one validation",
+        "tag_separator": "between tags in one cell",
+        "column_separator": "between the columns of a CSV file",
+    }.items():
+        value = getattr(default, field)
+        parser.add_argument(f"--{field}", default=value, help=f"{meaning} (default: {value})")
+    return run(prepare, parser.parse_args())
+
+
+def prepare(args: argparse.Namespace) -> None:
+    layout = TableFormat(**{name: getattr(args, name) for name in TableFormat.__annotations__})
+    table = TagTable(args.table, None if args.no_images else args.image_dir, layout)
+    text = CardText(
+        name=args.table.stem,
+        metadata={},
+        introduction="""Photographs with candidate tags (`tags`) and the important ones among them
+(`important_tags`), prepared by `prepare_table.py` for
+[MAGNeto](https://arxiv.org/abs/2011.04349), extractive tags summarization.""",
+        steps=STEPS,
+        ending="",
+    )
+    write(args, table.items(), args.image_dir, table.counts, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
