@@ -46,6 +46,8 @@ class MagnetoConfig(PreTrainedConfig):
     """
 
     model_type = "magneto"
+    # Trainer collects the outputs of every image; these are no such thing.
+    keys_to_ignore_at_inference = ["final_loss", "tag_loss", "image_loss", "attentions"]
 
     vocab_size: int = 83
     pad_token_id: int = 0

@@ -95,6 +95,12 @@ class MagnetoProcessor(ProcessorMixin):
         )
         return cls(image_processor, tokenizer, max_tags=max_tags, use_images=use_images)
 
+    @property
+    def vocabulary(self) -> list[str]:
+        """The tags that the model knows, in the order of their indices."""
+        vocabulary = self.tokenizer.get_vocab()
+        return [tag for tag in sorted(vocabulary, key=vocabulary.get) if tag not in self.tokenizer.all_special_tokens]
+
     def __call__(
         self,
         images: ImageInput | None = None,

@@ -1,0 +1,233 @@
+"""Command-line arguments: dataclasses with help, read from a YAML file and overridden on the command line."""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser, TrainingArguments
+
+from modeling_magneto import MagnetoConfig
+
+
+class UserError(ValueError):
+    """Something the user can put right; commands print its message in one line and end with status 1."""
+
+
+class UsageError(UserError):
+    """Wrong arguments; commands end with status 2."""
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """The model; the fields that `MagnetoConfig` has too mean the same there."""
+
+    streams: Literal["both", "image", "tag"] = _option("both", "both: MAGNeto, image: TF-it, tag: TF-t and FF.")
+    tag_encoder: Literal["transformer", "feed_forward"] = _option("transformer", "feed_forward is the FF baseline.")
+    hidden_size: int = _option(128, "d_model, width of the hidden states.")
+    num_attention_heads: int = _option(4, "Heads of every attention.")
+    intermediate_size: int = _option(512, "d_ff, inner width of feed-forward layers and gate.")
+    num_tag_layers: int = _option(2, "M, encoder layers of the tag stream.")
+    num_image_layers: int = _option(1, "N, encoder layers of the image stream.")
+    dropout: float = _option(0.3, "Dropout of the whole architecture, in [0, 1).")
+    max_tags: int = _option(16, "l, training examples are cut to this many tags.")
+    objective: Literal["bce_dice", "bce"] = _option("bce_dice", "The loss of each output.")
+    auxiliary_loss_weight: float = _option(1.0, "Weight of the two streams' own losses.")
+    backbone: str = _option("resnet18", "A timm model with a feature map.")
+    backbone_kwargs: dict | str | None = _option(None, "Further arguments of timm.create_model, as JSON.")
+    backbone_weights: str = _option(
+        "pretrained",
+        "Where a new run's backbone starts: 'pretrained' (timm's weights, downloaded), a .safetensors file, or 'none' "
+        "for random weights.",
+    )
+    num_trainable_backbone_stages: int = _option(0, "Stages trained, from the top; 0 freezes all, -1 trains all.")
+    image_size: int = _option(112, "Height and width of the photographs for the model, in pixels.")
+    image_mean: list[float] | None = _option(None, "Mean of each colour channel; by default what timm names.")
+    image_std: list[float] | None = _option(None, "Deviation of each colour channel; by default what timm names.")
+
+    def __post_init__(self):
+        if isinstance(self.backbone_kwargs, str):
+            try:
+                self.backbone_kwargs = json.loads(self.backbone_kwargs)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"backbone_kwargs is {self.backbone_kwargs!r}, expected JSON: {error}") from None
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != 3:
+                raise UsageError(f"{name} has {len(value)} numbers, expected 3, one for each colour channel")
+
+    def to_config(self, vocab_size: int) -> MagnetoConfig:
+        """The configuration of a new model.
+
+        Raises:
+            UsageError: A value is out of range; the message names the field.
+        """
+        own, shared = ({item.name for item in dataclasses.fields(cls)} for cls in (ModelArguments, MagnetoConfig))
+        try:
+            return MagnetoConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in own & shared})
+        except StrictDataclassError as error:
+            raise UsageError(str(error.__cause__ or error)) from None
+
+
+@dataclass
+class DataArguments:
+    """Where the rows come from, and how training examples are changed."""
+
+    dataset_name: str = _option("", "A Hub id, or a folder of Parquet, CSV or JSON files.")
+    dataset_config_name: str | None = _option(None, "A configuration of the dataset.")
+    train_split: str = _option("train", "The split to train on; its tags are the vocabulary.")
+    validation_split: str = _option("validation", "The split that chooses the best epoch.")
+    test_split: str = _option("test", "Evaluated once at the end, where the dataset has it.")
+    skip_bad_rows: bool = _option(False, "Leave bad rows out, and say how many, instead of stopping.")
+    tag_add_ratio: float = _option(0.5, "beta: at most this ratio of the unimportant tags is added at random.")
+    tag_drop_ratio: float = _option(0.5, "beta-hat: at most this ratio of the unimportant tags is dropped.")
+    min_crop_scale: float = _option(0.3, "A random crop covers at least this share of the photograph.")
+    auto_augment: bool = _option(True, "Apply AutoAugment's ImageNet policy to training photographs.")
+
+    def __post_init__(self):
+        if not self.dataset_name:
+            raise UsageError("dataset_name is missing, expected a Hub id or a folder")
+
+
+@dataclass
+class MagnetoTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with the paper's optimiser (A.4) and the best epoch by validation F1."""
+
+    optim: str = _option("sgd", "The optimizer; the paper's is SGD with momentum.")
+    optim_args: str | None = _option("momentum=0.9", "Further arguments of the optimizer.")
+    learning_rate: float = _option(1e-2, "Learning rate at the start.")
+    lr_scheduler_type: str = _option("constant", "The learning-rate schedule.")
+    max_grad_norm: float = _option(0.0, "Gradients are clipped to this norm; 0 does not clip.")
+    num_train_epochs: float = _option(500.0, "Passes over the training split.")
+    per_device_train_batch_size: int = _option(32, "Images a step on each device.")
+    per_device_eval_batch_size: int = _option(64, "Images a step in evaluation.")
+    eval_strategy: str = _option("epoch", "When to evaluate.")
+    save_strategy: str = _option("epoch", "When to save a checkpoint.")
+    logging_strategy: str = _option("epoch", "When to log.")
+    save_total_limit: int | None = _option(1, "Checkpoints kept beside the best one.")
+    load_best_model_at_end: bool = _option(True, "Save the best epoch, not the last one.")
+    metric_for_best_model: str | None = _option("f1", "What the best epoch is best in, on validation.")
+    greater_is_better: bool | None = _option(True, "Whether more of that is better.")
+    report_to: str = _option("tensorboard", "Where the training curves go.")
+    remove_unused_columns: bool = _option(False, "Our collator needs all columns.")
+    ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")
+    early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better F1.")
+
+
+@dataclass
+class PredictArguments:
+    """Choosing the tags of a dataset."""
+
+    model_name_or_path: str = _option("", "A trained folder or a Hub id.")
+    dataset_name: str = _option("", "A Hub id, or a folder of Parquet, CSV or JSON files.")
+    output_file: str = _option("", "The Parquet file to write; metrics and report.html come beside it.")
+    dataset_config_name: str | None = _option(None, "A configuration of the dataset.")
+    split: str | None = _option(None, "The split; by default test, or the only one there is.")
+    threshold: float = _option(0.5, "A tag is selected when its score reaches it.")
+    top_k: int | None = _option(None, "Select this many tags instead.")
+    batch_size: int = _option(64, "Images a step on each device.")
+    num_workers: int = _option(0, "Processes that read and decode photographs, for each device.")
+    skip_bad_rows: bool = _option(False, "Leave bad rows out, and say how many, instead of stopping.")
+    report_images: int = _option(200, "Images shown in report.html; 0 writes no report.")
+
+    def __post_init__(self):
+        for name in ("model_name_or_path", "dataset_name", "output_file"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name} is missing")
+        if not self.output_file.endswith(".parquet"):
+            raise UsageError(f"output_file is {self.output_file!r}, expected a name that ends in .parquet")
+        for name, lowest in (("batch_size", 1), ("num_workers", 0), ("report_images", 0), ("top_k", 1)):
+            if (value := getattr(self, name)) is not None and value < lowest:
+                raise UsageError(f"{name} is {value}, expected at least {lowest}")
+        if not 0 <= self.threshold <= 1:
+            raise UsageError(f"threshold is {self.threshold}, expected a number in [0, 1]")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+def parse_arguments(argument_classes: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
+    """Read `[CONFIG.yaml] [--field value ...]` into one instance of each dataclass.
+
+    A value on the command line wins over the file's. The file's values go through the same parser, so both mean the
+    same and are checked in the same way.
+
+    Raises:
+        UsageError: An argument is unknown (the message suggests the nearest name) or has a wrong value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(argument_classes, allow_abbrev=False)
+    fields = {item.name for argument_class in argument_classes for item in dataclasses.fields(argument_class)}
+    options = {"help", *fields, *(f"no_{name}" for name in fields)}
+    from_file = []
+    if argv and not argv[0].startswith("-"):
+        from_file = _read_yaml(Path(argv.pop(0)), options)
+    for argument in argv:
+        if argument.startswith("--"):
+            _check_known(argument.split("=")[0].removeprefix("--").replace("-", "_"), options, "the command line")
+    try:
+        *instances, rest = parser.parse_args_into_dataclasses([*from_file, *argv], return_remaining_strings=True)
+    except UsageError:
+        raise
+    except ValueError as error:  # from the dataclasses' own checks
+        raise UsageError(" ".join(str(error).split())) from None
+    if rest:
+        raise UsageError(f"found {rest[0]!r} on the command line, expected --field value")
+    return tuple(instances)
+
+
+def _read_yaml(path: Path, options: set[str]) -> list[str]:
+    """The file's settings as command-line arguments."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the configuration {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} holds a {type(settings).__name__}, expected a mapping of fields to values")
+    arguments = []
+    for name, value in settings.items():
+        _check_known(str(name), options, str(path))
+        if value is None:
+            continue
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            arguments += [f"--{name}", json.dumps(value)]
+        else:
+            arguments += [f"--{name}", str(value)]
+    return arguments
+
+
+def _check_known(name: str, options: set[str], where: str) -> None:
+    if name in options:
+        return
+    nearest = difflib.get_close_matches(name, options, n=1)
+    suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise UsageError(f"unknown field {name!r} in {where}{suggestion}")
+
+
+@contextlib.contextmanager
+def user_errors_in_one_line(command: str):
+    """Ends the process with one line on standard error where the user can put things right."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{command}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -1,0 +1,74 @@
+"""Augmentation of training examples: photographs by AutoAugment, tags by adding and dropping (section 5.1, A.5)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+
+@dataclass
+class TagAugmentation:
+    """TAD, tag adding and dropping: unimportant tags go, random tags of the vocabulary come.
+
+    First `drop` unimportant tags are taken away, then `add` tags that the image did not have are put in as
+    unimportant ones. Both numbers are uniform on the integers 0 ... floor(ratio * unimportant tags of the image).
+
+    Args:
+        vocabulary: All tags, normalised.
+        add_ratio: beta, at least 0.
+        drop_ratio: beta-hat, in [0, 1].
+    """
+
+    vocabulary: Sequence[str]
+    add_ratio: float
+    drop_ratio: float
+
+    def __post_init__(self):
+        if self.add_ratio < 0:
+            raise ValueError(f"tag_add_ratio is {self.add_ratio}, expected at least 0")
+        if not 0 <= self.drop_ratio <= 1:
+            raise ValueError(f"tag_drop_ratio is {self.drop_ratio}, expected a ratio in [0, 1]")
+
+    def __call__(self, tags: list[str], important_tags: list[str], rng: np.random.Generator) -> list[str]:
+        """Augment one image's tags (normalised, without duplicates); its important tags all stay."""
+        unimportant = [tag for tag in tags if tag not in set(important_tags)]
+        num_dropped = rng.integers(int(self.drop_ratio * len(unimportant)), endpoint=True)
+        num_added = rng.integers(int(self.add_ratio * len(unimportant)), endpoint=True)
+        dropped = {unimportant[index] for index in rng.choice(len(unimportant), num_dropped, replace=False)}
+        # Drawing as many more as the image has tags, and passing over its own, is uniform over all the others.
+        num_drawn = min(num_added + len(tags), len(self.vocabulary))
+        drawn = (self.vocabulary[index] for index in rng.choice(len(self.vocabulary), num_drawn, replace=False))
+        added = [tag for tag in drawn if tag not in set(tags)][:num_added]
+        return [tag for tag in tags if tag not in dropped] + added
+
+
+class ImageAugmentation:
+    """Random crop to the model's size, flip, and the ImageNet policy of AutoAugment, on uint8 photographs.
+
+    Args:
+        image_size: Height and width of the result, in pixels.
+        min_crop_scale: The crop covers at least this share of the photograph's area, in (0, 1].
+        auto_augment: Whether the AutoAugment policy follows crop and flip.
+    """
+
+    def __init__(self, image_size: int, min_crop_scale: float = 0.3, auto_augment: bool = True):
+        if not 0 < min_crop_scale <= 1:
+            raise ValueError(f"min_crop_scale is {min_crop_scale}, expected a share in (0, 1]")
+        steps = [v2.RandomResizedCrop(image_size, scale=(min_crop_scale, 1.0)), v2.RandomHorizontalFlip()]
+        if auto_augment:
+            steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
+        self.transform = v2.Compose(steps)
+
+    def __call__(self, image: Image.Image, seed: int) -> Image.Image:
+        """Augment one photograph; the same seed gives the same result, and the caller's random state stays as it is."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image.convert("RGB"))
+
+
+def example_seed(seed: int, epoch: int, index: int) -> int:
+    """The 64-bit seed of one example in one epoch: the same in whatever worker, process or resumed run it falls."""
+    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])

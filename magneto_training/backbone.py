@@ -1,0 +1,91 @@
+"""ImageNet weights for the backbone of a new training run."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_pretrained_cfg
+
+from modeling_magneto import MagnetoConfig, MagnetoModel
+
+from .arguments import ModelArguments, UserError
+
+WAYS_OUT = (
+    "give --backbone_weights FILE.safetensors (with --image_mean and --image_std where they differ from timm's), "
+    "or --backbone_weights none for random weights on purpose"
+)
+
+
+def resolve_normalization(model_args: ModelArguments) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the colour channels: the arguments', or what timm names for the backbone.
+
+    Raises:
+        UserError: timm has no such backbone.
+    """
+    if not timm.is_model(model_args.backbone.split(".")[0]):
+        nearest = difflib.get_close_matches(model_args.backbone, timm.list_models(), n=1)
+        suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise UserError(f"backbone is {model_args.backbone!r}, which timm does not know{suggestion}")
+    pretrained = get_pretrained_cfg(model_args.backbone, allow_unregistered=True)
+    mean, std = (pretrained.mean, pretrained.std) if pretrained else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return model_args.image_mean or mean, model_args.image_std or std
+
+
+def prepare_backbone(model: MagnetoModel, source: str) -> None:
+    """Put pre-trained weights into the backbone of a newly made model, and see that it gives a feature map.
+
+    Args:
+        model: A model with a backbone.
+        source: `"pretrained"` for timm's own (from the Hub, or its cache), `"none"` to leave it random, or a
+            safetensors file with timm's parameter names; a classifier in it is passed over.
+
+    Raises:
+        UserError: The weights cannot be had, or do not fit the backbone; or it has no feature map.
+    """
+    size = model.config.image_size
+    try:
+        with torch.inference_mode():
+            model.eval().image_feature_extractor(torch.zeros(1, 3, size, size))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"backbone {model.config.backbone!r} cannot be used at {size} px: {error}") from None
+    if source == "none":
+        return
+    backbone, config = model.image_feature_extractor.backbone, model.config
+    weights = _download(config) if source == "pretrained" else _read(source, backbone)
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"backbone_weights {source!r} do not fit the backbone {config.backbone!r}: {reason}") from None
+
+
+def _download(config: MagnetoConfig) -> dict[str, torch.Tensor]:
+    try:
+        pretrained = timm.create_model(
+            config.backbone, pretrained=True, num_classes=0, global_pool="", **(config.backbone_kwargs or {})
+        )
+    except Exception as error:  # no network, no such file, no pretrained weights: timm and the Hub have many
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"timm's weights of the backbone {config.backbone!r} cannot be had ({type(error).__name__}: {reason}); {WAYS_OUT}"
+        ) from error
+    return pretrained.state_dict()
+
+
+def _read(source: str, backbone: torch.nn.Module) -> dict[str, torch.Tensor]:
+    if Path(source).suffix != ".safetensors":
+        raise UserError(f"backbone_weights is {source!r}, expected 'pretrained', 'none' or a .safetensors file")
+    try:
+        weights = load_file(source)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"backbone_weights {source!r} cannot be read: {error}") from None
+    classifiers = backbone.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    return {
+        name: tensor for name, tensor in weights.items() if not name.startswith(tuple(f"{c}." for c in classifiers))
+    }

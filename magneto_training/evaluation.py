@@ -1,0 +1,114 @@
+"""The one way from logits and labels to figures: training and prediction both report these."""
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+from modeling_magneto import MagnetoConfig
+from modeling_magneto.loss_magneto import IGNORED_LABEL, OBJECTIVES
+
+THRESHOLD = 0.5
+
+
+@cache
+def load_metric() -> evaluate.Metric:
+    """The project's metric, from its folder and without a network."""
+    return evaluate.load(str(Path(__file__).parent / "metrics"), keep_in_memory=True)
+
+
+def output_names(config: MagnetoConfig) -> list[str]:
+    """The fields of `MagnetoOutput`, in their order, that a model returns for every tag."""
+    by_streams = {
+        "both": ["logits", "tag_logits", "image_logits", "gate"],
+        "image": ["logits", "image_logits"],
+        "tag": ["logits", "tag_logits"],
+    }
+    return by_streams[config.streams]
+
+
+def evaluate_selection(
+    selected: dict[str, Sequence[np.ndarray]], labels: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """Metrics of the final output, and the F1 of each stream.
+
+    Args:
+        selected: For `logits`, and for `tag_logits` and `image_logits` where the model has them, what is selected in
+            each image: one 0/1 array for each image.
+        labels: One array of 1, 0, -100 for each image.
+
+    Returns:
+        The metric's results in percent, and `tag_f1` and `image_f1` of the streams.
+    """
+    metric = load_metric()
+    results = metric.compute(predictions=selected["logits"], references=labels)
+    for stream in ("tag", "image"):
+        if f"{stream}_logits" in selected:
+            stream_results = metric.compute(predictions=selected[f"{stream}_logits"], references=labels)
+            results[f"{stream}_f1"] = stream_results["f1"]
+    return results
+
+
+def compute_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[str, float]:
+    """What `Trainer` reports for a split: the metrics at threshold 0.5, the separate losses, and the mean gate.
+
+    Args:
+        prediction: The arrays of `output_names(config)`, each (images, L), and labels (images, L), padded with -100.
+        config: The model's.
+    """
+    names = output_names(config)
+    arrays = dict(zip(names, prediction.predictions, strict=True))
+    labels = prediction.label_ids
+    selected = {
+        name: list((_sigmoid(arrays[name]) >= THRESHOLD).astype(np.int8)) for name in names if name.endswith("logits")
+    }
+    results = evaluate_selection(selected, list(labels.astype(np.int8)))
+    if config.streams == "both":
+        objective = OBJECTIVES[config.objective]
+        for loss, name in (("final_loss", "logits"), ("tag_loss", "tag_logits"), ("image_loss", "image_logits")):
+            results[loss] = objective(torch.from_numpy(arrays[name]), torch.from_numpy(labels)).item()
+        results["mean_gate"] = float(arrays["gate"][labels != IGNORED_LABEL].mean())
+    return results
+
+
+def format_metrics(metrics: dict[str, dict[str, float]]) -> str:
+    """Metrics of one or more splits as a table for people; the keep-all row stands beside every F1."""
+    rows = [("", "images", "precision", "recall", "F1", "F1, reducible images")]
+    for name, figures in metrics.items():
+        rows.append((name, f"{figures['num_images']}", *_percentages(figures, "")))
+        for stream in ("tag", "image"):
+            if f"{stream}_f1" in figures and "tag_f1" in figures and "image_f1" in figures:
+                rows.append((f"  {stream} stream", "", "", "", f"{figures[f'{stream}_f1']:.2f}", ""))
+        rows.append(("  keep all", "", *_percentages(figures, "keep_all_")))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def _percentages(figures: dict[str, float], prefix: str) -> list[str]:
+    return [f"{figures[prefix + name]:.2f}" for name in ("precision", "recall", "f1", "reducible_f1")]
+
+
+def write_metrics(path: Path, metrics: dict) -> None:
+    """Write metrics as a JSON file that is there whole or not at all; what is undefined (nan) becomes null."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(_without_nan(metrics), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return torch.sigmoid(torch.from_numpy(logits).float()).numpy()

@@ -1,0 +1,98 @@
+"""The model card, README.md of a trained folder, written from the run's own figures."""
+
+import math
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modeling_magneto import MagnetoConfig, MagnetoProcessor
+
+from .arguments import DataArguments, MagnetoTrainingArguments
+
+TEMPLATE = Path(__file__).parent.parent / "model_card.md"
+CONFIG_FIELDS = (
+    "streams",
+    "tag_encoder",
+    "backbone",
+    "num_trainable_backbone_stages",
+    "image_size",
+    "hidden_size",
+    "num_tag_layers",
+    "num_image_layers",
+    "dropout",
+    "objective",
+    "auxiliary_loss_weight",
+)
+DATA_FIELDS = ("tag_add_ratio", "tag_drop_ratio", "min_crop_scale", "auto_augment")
+TRAINING_FIELDS = (
+    "optim",
+    "optim_args",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "train_batch_size",
+    "num_train_epochs",
+    "seed",
+)
+
+
+def write_model_card(
+    output_dir: Path,
+    metrics: dict[str, dict[str, float]],
+    config: MagnetoConfig,
+    processor: MagnetoProcessor,
+    data_args: DataArguments,
+    training_args: MagnetoTrainingArguments,
+) -> None:
+    """Write `output_dir/README.md`.
+
+    Args:
+        output_dir: The trained folder.
+        metrics: Metrics of each split, as in `metrics.json`.
+        config, processor: The model's.
+        data_args, training_args: The run's arguments.
+    """
+    repo_id = training_args.hub_model_id or output_dir.name
+    dataset_name = Path(data_args.dataset_name).name if Path(data_args.dataset_name).exists() else data_args.dataset_name
+    card_data = ModelCardData(
+        model_name=repo_id.rpartition("/")[2],
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        license="apache-2.0",
+        base_model=f"timm/{config.backbone}" if config.streams != "tag" and "." in config.backbone else None,
+        tags=["magneto", "extractive-tags-summarization", "image-tagging"],
+        eval_results=[
+            EvalResult(
+                task_type="zero-shot-image-classification",
+                task_name="Extractive tags summarization",
+                dataset_type=dataset_name,
+                dataset_name=dataset_name,
+                dataset_split=split,
+                metric_type=metric,
+                metric_name=f"{metric} (keep-all F1 {figures['keep_all_f1']:.1f})",
+                metric_value=round(figures[metric], 2),
+            )
+            for split, figures in metrics.items()
+            for metric in ("f1", "precision", "recall")
+            if not math.isnan(figures[metric])
+        ],
+    )
+    settings = {
+        **{name: getattr(config, name) for name in CONFIG_FIELDS},
+        **{name: getattr(data_args, name) for name in DATA_FIELDS},
+        **{name: getattr(training_args, name) for name in TRAINING_FIELDS},
+    }
+    vocabulary = processor.vocabulary
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        dataset_name=dataset_name,
+        example_tags=vocabulary[:4],
+        use_images=processor.use_images,
+        num_tags=len(vocabulary),
+        metrics=metrics,
+        settings={name: getattr(value, "value", value) for name, value in settings.items()},
+    )
+    card.save(output_dir / "README.md")

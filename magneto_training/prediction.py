@@ -1,0 +1,225 @@
+"""Choosing the tags of a whole dataset: rows in, a Parquet file of scores and selected tags out."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
+from modeling_magneto.modeling_magneto import MagnetoOutput
+
+from .arguments import PredictArguments, UserError
+from .evaluation import THRESHOLD, evaluate_selection, output_names, write_metrics
+from .tag_data import DataError, TagCollator, checked_split, load_tag_dataset
+
+SCHEMA = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float32())),
+        ("selected_tags", pa.list_(pa.string())),
+    ]
+)
+
+
+def load_model(model_name_or_path: str) -> tuple[MagnetoForTagSummarization, MagnetoProcessor]:
+    """A trained model in eval mode and its processor, from a folder or the Hub.
+
+    Raises:
+        UserError: There is no such model, or it is no MAGNeto for tags summarization.
+    """
+    try:
+        model = AutoModel.from_pretrained(model_name_or_path)
+        processor = AutoProcessor.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model {model_name_or_path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    if not isinstance(model, MagnetoForTagSummarization):
+        raise UserError(
+            f"{model_name_or_path!r} holds a {type(model).__name__}, expected a MagnetoForTagSummarization"
+        )
+    return model.eval(), processor
+
+
+def load_prediction_split(args: PredictArguments, use_images: bool) -> Dataset:
+    """The checked rows to predict; ground truth is checked where it is there.
+
+    Raises:
+        DataError: The split is missing or ambiguous, a column is missing, or a row is bad.
+    """
+    splits = load_tag_dataset(args.dataset_name, args.dataset_config_name)
+    split = _choose_split(splits, args)
+    dataset = splits[split]
+    columns = ["item_id", "tags", *(["important_tags"] if "important_tags" in dataset.column_names else [])]
+    if use_images or "image" in dataset.column_names:  # a tag-only model's report shows the photographs all the same
+        columns.append("image")
+    use_labels = has_ground_truth(dataset)
+    dataset = checked_split(dataset, f"{args.dataset_name}, {split}", use_images, use_labels, args.skip_bad_rows)
+    return dataset.select_columns(columns if use_labels else [name for name in columns if name != "important_tags"])
+
+
+def has_ground_truth(dataset: Dataset) -> bool:
+    """Whether any row has an important tag; a column of empty lists says that nothing is known."""
+    if "important_tags" not in dataset.column_names:
+        return False
+    return any(row for row in dataset.select_columns("important_tags")["important_tags"])
+
+
+def _choose_split(splits: DatasetDict, args: PredictArguments) -> str:
+    if args.split is not None:
+        if args.split not in splits:
+            raise DataError(f"{args.dataset_name}: split {args.split!r} is missing, found {', '.join(splits)}")
+        return args.split
+    if "test" in splits:
+        return "test"
+    if len(splits) > 1:
+        raise DataError(f"{args.dataset_name} has the splits {', '.join(splits)}: choose one with --split")
+    return next(iter(splits))
+
+
+@dataclass
+class PredictedBatch:
+    """One batch of rows with what the model says of them.
+
+    Args:
+        rows: The rows as they came, photographs included.
+        results: What `MagnetoProcessor.post_process` returns.
+        outputs: The model's outputs, on its device.
+        labels: (B, L) where the rows have ground truth.
+    """
+
+    rows: list[dict]
+    results: list[dict]
+    outputs: MagnetoOutput
+    labels: torch.Tensor | None
+
+
+def predict_batches(
+    model: MagnetoForTagSummarization,
+    processor: MagnetoProcessor,
+    dataset: Dataset,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    threshold: float = THRESHOLD,
+    top_k: int | None = None,
+) -> Iterator[PredictedBatch]:
+    """Score the rows in their order, batch by batch; nothing is kept.
+
+    Args:
+        model: In eval mode, on the device to use.
+        processor: The model's processor.
+        dataset: Checked rows.
+        batch_size: Images a step.
+        num_workers: Processes that read and decode photographs.
+        threshold, top_k: As in `MagnetoProcessor.post_process`.
+    """
+    collate = TagCollator(processor)
+    loader = DataLoader(
+        dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=lambda rows: (rows, collate(rows))
+    )
+    for rows, batch in loader:
+        with torch.inference_mode():
+            outputs = model(**{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"})
+        results = processor.post_process(outputs, [row["tags"] for row in rows], threshold=threshold, top_k=top_k)
+        yield PredictedBatch(rows, results, outputs, batch.get("labels"))
+
+
+def predict_dataset(
+    accelerator: Accelerator,
+    model: MagnetoForTagSummarization,
+    processor: MagnetoProcessor,
+    dataset: Dataset,
+    args: PredictArguments,
+) -> dict[str, float] | None:
+    """Write `args.output_file`, and beside it the metrics where there is ground truth.
+
+    Each process takes its own run of rows and writes a part; the parts are put together in order, so every row is
+    there once, and `output_file` appears when it is complete.
+
+    Returns:
+        The metrics on the main process, where there is ground truth; else None.
+    """
+    output_file = Path(args.output_file)
+    parts = output_file.with_name(output_file.name + ".parts")
+    if accelerator.is_main_process:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+
+    share = dataset.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
+    model.to(accelerator.device)
+    known_labels: list[np.ndarray] = []
+    selected: dict[str, list[np.ndarray]] = {
+        name: [] for name in output_names(model.config) if name.endswith("logits")
+    }
+    progress = tqdm(total=len(share), unit="image", desc="Predicting", disable=not accelerator.is_local_main_process)
+    with progress, pq.ParquetWriter(parts / f"{accelerator.process_index:05d}.parquet", SCHEMA) as writer:
+        for batch in predict_batches(
+            model, processor, share, args.batch_size, args.num_workers, args.threshold, args.top_k
+        ):
+            writer.write_table(_to_table(batch))
+            if batch.labels is not None:
+                _collect(batch, known_labels, selected)
+            progress.update(len(batch.rows))
+
+    known_labels, selected = gather_object(known_labels), {name: gather_object(rows) for name, rows in selected.items()}
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None
+    _join_parts(parts, output_file)
+    metrics = evaluate_selection(selected, known_labels) if known_labels else None
+    if metrics is not None:
+        write_metrics(metrics_file(output_file), metrics)
+    return metrics
+
+
+def metrics_file(output_file: Path) -> Path:
+    """`OUT.metrics.json` for `OUT.parquet`."""
+    return output_file.with_suffix(".metrics.json")
+
+
+def _to_table(batch: PredictedBatch) -> pa.Table:
+    return pa.table(
+        {
+            "item_id": [row["item_id"] for row in batch.rows],
+            "tags": [[tag for tag, _ in result["tags"]] for result in batch.results],
+            "scores": [[score for _, score in result["tags"]] for result in batch.results],
+            "selected_tags": [result["selected_tags"] for result in batch.results],
+        },
+        schema=SCHEMA,
+    )
+
+
+def _collect(batch: PredictedBatch, known_labels: list, selected: dict[str, list]) -> None:
+    """Keep what the metrics need: labels, and what each output selects, one small array for each image."""
+    real = batch.labels >= 0
+    known_labels += [row[mask].numpy().astype(np.int8) for row, mask in zip(batch.labels, real, strict=True)]
+    for name, rows in selected.items():
+        if name == "logits":  # the rule in force
+            rows += [
+                np.array([tag in set(result["selected_tags"]) for tag, _ in result["tags"]], np.int8)
+                for result in batch.results
+            ]
+        else:
+            kept = (torch.sigmoid(batch.outputs[name].float()) >= THRESHOLD).cpu()
+            rows += [row[mask].numpy().astype(np.int8) for row, mask in zip(kept, real, strict=True)]
+
+
+def _join_parts(parts: Path, output_file: Path) -> None:
+    partial = parts / "joined"
+    with pq.ParquetWriter(partial, SCHEMA) as writer:
+        for part in sorted(parts.glob("*.parquet")):
+            for rows in pq.ParquetFile(part).iter_batches():
+                writer.write_batch(rows)
+    partial.replace(output_file)
+    shutil.rmtree(parts)

@@ -1,0 +1,404 @@
+"""Datasets of photographs and tags: loading, checking, vocabulary, and batches for the model.
+
+Rows are `{item_id, image, tags, important_tags}`. Whatever `load_dataset` takes becomes such rows here, every row is
+checked once, and `TagCollator` turns rows into the model's tensors.
+"""
+
+import io
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from PIL import Image
+
+from modeling_magneto import MagnetoProcessor
+from modeling_magneto.processing_magneto import normalize_tag, normalize_tags
+
+from .arguments import DataArguments, UserError
+from .augmentation import ImageAugmentation, TagAugmentation, example_seed
+
+TABLE_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+SPLIT_NAMES = {
+    "train": re.compile(r"train", re.IGNORECASE),
+    "validation": re.compile(r"validation|valid|val|dev", re.IGNORECASE),
+    "test": re.compile(r"test|eval", re.IGNORECASE),
+}
+MAX_REPORTED_ITEMS = 5
+
+
+class DataError(UserError):
+    """A dataset that cannot be used; the message names what is wrong in one line."""
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_tag_dataset(dataset_name: str, dataset_config_name: str | None = None) -> DatasetDict:
+    """Load a dataset and bring its columns into the project's form.
+
+    Args:
+        dataset_name: A Hub id, or a folder of Parquet, CSV or JSON files. In a CSV or JSON table, `image` may be a
+            path relative to the table, and `tags` a list or a text with commas.
+        dataset_config_name: A configuration of the dataset, such as `unlabeled`.
+
+    Returns:
+        All splits, with `item_id` as text, `tags` and `important_tags` as lists of text, and `image` as photographs;
+        nothing is decoded yet.
+
+    Raises:
+        DataError: The dataset cannot be found or read, or a column has an unexpected type.
+    """
+    folder = Path(dataset_name)
+    try:
+        tables = _find_tables(folder) if folder.is_dir() else {}
+        if tables:
+            builder = TABLE_BUILDERS[next(iter(tables.values()))[0].suffix.lower()]
+            files = {split: [str(path) for path in paths] for split, paths in tables.items()}
+            splits = load_dataset(builder, data_files=files)
+        else:
+            splits = load_dataset(dataset_name, dataset_config_name)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises errors of many libraries; the user wants to know which dataset
+        reason = " ".join(str(error).split())
+        raise DataError(f"the dataset {dataset_name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+    folders = sorted({path.parent for paths in tables.values() for path in paths})
+    return DatasetDict(
+        {name: _with_standard_columns(split, f"{dataset_name}, {name}", folders) for name, split in splits.items()}
+    )
+
+
+def _find_tables(folder: Path) -> dict[str, list[Path]]:
+    """CSV and JSON tables below a folder, by split; none where a README or Parquet files say what the dataset is.
+
+    `load_dataset` alone would take a folder with more photographs than tables for an image folder.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    tables = [path for path in files if path.suffix.lower() in TABLE_BUILDERS]
+    if not tables or (folder / "README.md").exists() or any(path.suffix == ".parquet" for path in files):
+        return {}
+    if len({TABLE_BUILDERS[path.suffix.lower()] for path in tables}) > 1:
+        raise DataError(f"{folder} holds both CSV and JSON tables, expected one kind")
+    splits = {}
+    for path in tables:
+        names = [split for split, pattern in SPLIT_NAMES.items() if pattern.search(path.relative_to(folder).as_posix())]
+        splits.setdefault(names[0] if names else "train", []).append(path)
+    return splits
+
+
+def _with_standard_columns(dataset: Dataset, where: str, table_folders: Sequence[Path]) -> Dataset:
+    features = dict(dataset.features)
+    text_columns = [
+        name for name in ("tags", "important_tags") if name in features and _is_text(features[name])
+    ]  # "sky, water" instead of a list
+    paths = "image" in features and _is_text(features["image"])
+    if text_columns or paths:
+        dataset = dataset.map(
+            _parse_table_rows,
+            batched=True,
+            fn_kwargs={"text_columns": text_columns, "folders": list(map(str, table_folders)) if paths else None},
+            desc=f"Reading {where}",
+        )
+    for name, feature in (
+        ("item_id", datasets.Value("string")),
+        ("tags", datasets.List(datasets.Value("string"))),
+        ("important_tags", datasets.List(datasets.Value("string"))),
+        ("image", datasets.Image()),
+    ):
+        if name in dataset.features and dataset.features[name] != feature:
+            try:
+                dataset = dataset.cast_column(name, feature)
+            except Exception as error:
+                raise DataError(f"{where}: column {name!r} is {features[name]}, expected {feature}") from error
+    return dataset
+
+
+def _is_text(feature) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _parse_table_rows(rows: dict, text_columns: list[str], folders: list[str] | None) -> dict:
+    parsed = {
+        name: [[tag.strip() for tag in text.split(",")] if text else [] for text in rows[name]] for name in text_columns
+    }
+    if folders is not None:
+        parsed["image"] = [_resolve_image(path, folders) for path in rows["image"]]
+    return parsed
+
+
+def _resolve_image(path: str | None, folders: Sequence[str]) -> str | None:
+    """A photograph's path, relative to the table that names it and inside its folder."""
+    for folder in folders:
+        resolved = os.path.realpath(os.path.join(folder, path or ""))
+        if not Path(resolved).is_relative_to(os.path.realpath(folder)):
+            raise DataError(f"image path {path!r} leaves {folder}, expected a path inside it")
+        if os.path.isfile(resolved):
+            return resolved
+    return path  # reported with its item id by `check_rows`
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+@dataclass
+class RowReport:
+    """What `check_rows` found: for each problem the ids of the bad rows, and which rows are good.
+
+    Args:
+        name: The dataset and split, for messages.
+        num_rows: Rows checked.
+        problems: Problem -> item ids, in the order of the rows.
+        good_rows: Indices of the rows without a problem.
+    """
+
+    name: str
+    num_rows: int
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    good_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __str__(self) -> str:
+        parts = []
+        for problem, items in self.problems.items():
+            shown = ", ".join(items[:MAX_REPORTED_ITEMS]) + (", ..." if len(items) > MAX_REPORTED_ITEMS else "")
+            parts.append(f"{len(items)} with {problem} (item_id {shown})")
+        return f"{self.name}: {self.num_rows - len(self.good_rows)} of {self.num_rows} rows are bad: {'; '.join(parts)}"
+
+
+def check_columns(dataset: Dataset, name: str, columns: Sequence[str]) -> None:
+    """Raise `DataError` for the first of `columns` that the dataset lacks."""
+    for column in columns:
+        if column not in dataset.column_names:
+            raise DataError(f"{name}: column {column!r} is missing, found {', '.join(dataset.column_names)}")
+
+
+def check_rows(dataset: Dataset, name: str, use_images: bool, use_labels: bool) -> RowReport:
+    """Check every row once; `datasets` keeps the result, so a second run over the same data does not check again.
+
+    Args:
+        dataset: Rows as of `load_tag_dataset`.
+        name: Dataset and split, for messages.
+        use_images: Decode every photograph.
+        use_labels: Check that `important_tags` is a non-empty subset of `tags`.
+
+    Raises:
+        DataError: A column is missing.
+    """
+    columns = ["item_id", "tags", *(["important_tags"] if use_labels else []), *(["image"] if use_images else [])]
+    check_columns(dataset, name, columns)
+    checked = dataset.select_columns(columns)
+    if use_images:
+        checked = checked.cast_column("image", datasets.Image(decode=False))
+    checked = checked.with_format("arrow").map(
+        _find_problems,
+        batched=True,
+        remove_columns=columns,
+        features=datasets.Features({"problem": datasets.Value("string"), "item_id": datasets.Value("string")}),
+        desc=f"Checking {name}",
+    )
+    problems = pc.fill_null(_column(checked, "problem"), "").to_numpy(zero_copy_only=False)
+    report = RowReport(name, len(dataset), good_rows=np.flatnonzero(problems == ""))
+    item_ids = _column(checked, "item_id")
+    for index in np.flatnonzero(problems != ""):
+        report.problems.setdefault(problems[index], []).append(str(item_ids[int(index)].as_py()))
+    return report
+
+
+def _column(dataset: Dataset, name: str) -> pa.Array:
+    column = dataset.with_format("arrow")[:][name]
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _find_problems(rows: pa.Table) -> pa.Table:
+    """The first problem of each row, or null. Works on Arrow columns: 30 million tags take seconds."""
+    problems = np.full(len(rows), None, dtype=object)
+
+    def report(bad: np.ndarray, problem: str) -> None:
+        problems[bad & (problems == None)] = problem  # noqa: E711 (elementwise)
+
+    if "image" in rows.column_names:
+        readable = np.array([_is_readable(image) for image in rows["image"].to_pylist()], dtype=bool)
+        report(~readable, "an unreadable photograph")
+    tag_rows, tag_codes, names, num_tags = _encode(rows["tags"], {})
+    report(num_tags == 0, "no tags")
+    report(np.isin(np.arange(len(rows)), tag_rows[tag_codes == -1]), "an empty tag")
+    if "important_tags" in rows.column_names:
+        important_rows, important_codes, names, num_important = _encode(rows["important_tags"], names)
+        report(num_important == 0, "no important_tags")
+        owned = np.isin(important_rows * len(names) + important_codes, tag_rows * len(names) + tag_codes)
+        report(np.isin(np.arange(len(rows)), important_rows[~owned]), "important_tags that are not among tags")
+    report(pc.is_null(rows["item_id"]).to_numpy(), "no item_id")
+    return pa.table({"problem": pa.array(problems, pa.string()), "item_id": rows["item_id"]})
+
+
+def _encode(column: pa.ChunkedArray, names: dict[str, int]) -> tuple[np.ndarray, np.ndarray, dict[str, int], np.ndarray]:
+    """Tags of a list column as (row of each tag, code of its normalised form or -1 if empty, codes, tags per row)."""
+    lists = column.combine_chunks()
+    encoded = pc.list_flatten(lists).dictionary_encode()
+    codes = np.full(len(encoded.dictionary) + 1, -1)  # the last one stands for null
+    for index, tag in enumerate(encoded.dictionary.to_pylist()):
+        try:
+            codes[index] = names.setdefault(normalize_tag(tag), len(names))
+        except ValueError:
+            pass
+    indices = pc.fill_null(encoded.indices, len(encoded.dictionary)).to_numpy()
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    return pc.list_parent_indices(lists).to_numpy(), codes[indices], names, lengths
+
+
+def _is_readable(image: dict | None) -> bool:
+    if image is None:
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+                opened.draft("RGB", (64, 64))  # a truncated file shows at any scale, and a small one is quick
+                opened.load()
+    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return False
+    return True
+
+
+def checked_split(dataset: Dataset, name: str, use_images: bool, use_labels: bool, skip_bad_rows: bool) -> Dataset:
+    """The split when all its rows are good; otherwise an error, or the good rows with `skip_bad_rows`.
+
+    Raises:
+        DataError: A row is bad (the message counts the problems and names item ids), or no good row is left.
+    """
+    report = check_rows(dataset, name, use_images, use_labels)
+    if not report.problems:
+        return dataset
+    if not skip_bad_rows:
+        raise DataError(f"{report}; --skip_bad_rows true leaves them out")
+    if not len(report.good_rows):
+        raise DataError(f"{report}; none is left")
+    print(f"{report}; left out", flush=True)
+    return dataset.select(report.good_rows)
+
+
+def load_training_splits(data_args: DataArguments, use_images: bool) -> dict[str, Dataset]:
+    """The checked rows of `train`, `validation` and, where the dataset has it, `test`, with just the columns needed.
+
+    Raises:
+        DataError: A split or column is missing, or a row is bad.
+    """
+    splits = load_tag_dataset(data_args.dataset_name, data_args.dataset_config_name)
+    wanted = {"train": data_args.train_split, "validation": data_args.validation_split, "test": data_args.test_split}
+    checked = {}
+    for role, split in wanted.items():
+        if split not in splits:
+            if role == "test":
+                continue
+            raise DataError(f"{data_args.dataset_name}: split {split!r} is missing, found {', '.join(splits)}")
+        name = f"{data_args.dataset_name}, {split}"
+        rows = checked_split(splits[split], name, use_images, use_labels=True, skip_bad_rows=data_args.skip_bad_rows)
+        checked[role] = rows.select_columns(["item_id", "tags", "important_tags", *(["image"] if use_images else [])])
+    return checked
+
+
+# ---------------------------------------------------------------------------------------------------------- vocabulary
+
+
+def build_vocabulary(dataset: Dataset) -> list[str]:
+    """All tags of a split, normalised, without duplicates, in alphabetical order."""
+    seen: set[str] = set()
+    for rows in dataset.select_columns("tags").with_format("arrow").iter(batch_size=10_000):
+        seen.update(pc.list_flatten(rows["tags"]).unique().to_pylist())
+    return sorted({normalize_tag(tag) for tag in seen})
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+class AugmentedDataset(torch.utils.data.Dataset):
+    """Training rows that know the seed of their augmentation, which differs in every epoch.
+
+    Args:
+        dataset: Rows as of `load_tag_dataset`.
+        seed: The run's seed.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+        # Shared memory: workers that outlive an epoch see the next one too.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.dataset[index], "seed": example_seed(self.seed, int(self._epoch), index)}
+
+
+class TagCollator:
+    """Rows to a batch of tensors; with augmentations (training), rows are changed by their own seed before.
+
+    >>> processor = MagnetoProcessor.from_vocabulary(["boat", "sky", "sun"], use_images=False)
+    >>> rows = [
+    ...     {"item_id": "a", "tags": ["Sky", "boat"], "important_tags": ["boat"]},
+    ...     {"item_id": "b", "tags": ["sun"], "important_tags": ["sun"]},
+    ... ]
+    >>> batch = TagCollator(processor)(rows)
+    >>> batch["input_ids"]
+    tensor([[3, 2],
+            [4, 0]])
+    >>> batch["labels"]
+    tensor([[   0,    1],
+            [   1, -100]])
+
+    Args:
+        processor: The model's processor.
+        image_augmentation: Replaces the processor's resizing; for training.
+        tag_augmentation: TAD; for training.
+        training: Cut lists of tags to the processor's `max_tags`.
+    """
+
+    def __init__(
+        self,
+        processor: MagnetoProcessor,
+        image_augmentation: ImageAugmentation | None = None,
+        tag_augmentation: TagAugmentation | None = None,
+        training: bool = False,
+    ):
+        self.processor = processor
+        self.image_augmentation = image_augmentation
+        self.tag_augmentation = tag_augmentation
+        self.training = training
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        images = [row["image"] for row in rows] if self.processor.use_images else None
+        tags = [row["tags"] for row in rows]
+        important_tags = [row["important_tags"] for row in rows] if "important_tags" in rows[0] else None
+        if self.training:
+            tags = [
+                self._augmented_tags(row["tags"], row["important_tags"], np.random.default_rng(row["seed"]))
+                for row in rows
+            ]
+        resize = {}
+        if images is not None and self.image_augmentation is not None:
+            images = [self.image_augmentation(row["image"], row["seed"]) for row in rows]
+            resize = {"do_resize": False, "do_center_crop": False}
+        batch = self.processor(images, tags, important_tags, truncation=self.training, **resize)
+        return dict(batch)
+
+    def _augmented_tags(self, tags: list[str], important_tags: list[str], rng: np.random.Generator) -> list[str]:
+        tags = normalize_tags(tags)
+        if self.tag_augmentation is not None:
+            tags = self.tag_augmentation(tags, [normalize_tag(tag) for tag in important_tags], rng)
+        if len(tags) > self.processor.max_tags:
+            rng.shuffle(tags)  # which tags the cut spares is chance, not their place in the list
+        return tags

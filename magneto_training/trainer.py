@@ -1,0 +1,131 @@
+"""transformers' Trainer for MAGNeto: it also logs the separate losses and the mean gate."""
+
+import functools
+from pathlib import Path
+
+import torch
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
+
+from .arguments import DataArguments, MagnetoTrainingArguments, UserError
+from .augmentation import ImageAugmentation, TagAugmentation
+from .evaluation import compute_metrics
+from .tag_data import AugmentedDataset, TagCollator
+
+LOGGED_LOSSES = ("final_loss", "tag_loss", "image_loss")
+# Trainer's own bookkeeping, of no interest beside a split's metrics.
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
+
+
+class MagnetoTrainer(Trainer):
+    """Trains MAGNeto on rows of tags.
+
+    Args:
+        model: A new or loaded model.
+        args: Training arguments.
+        data_args: Augmentation.
+        processor: The model's processor.
+        train_dataset, eval_dataset: Checked rows.
+    """
+
+    def __init__(
+        self,
+        model: MagnetoForTagSummarization,
+        args: MagnetoTrainingArguments,
+        data_args: DataArguments,
+        processor: MagnetoProcessor,
+        train_dataset,
+        eval_dataset,
+    ):
+        config = model.config
+        self.eval_collator = TagCollator(processor)
+        self.train_collator = TagCollator(
+            processor,
+            ImageAugmentation(config.image_size, data_args.min_crop_scale, data_args.auto_augment),
+            TagAugmentation(processor.vocabulary, data_args.tag_add_ratio, data_args.tag_drop_ratio),
+            training=True,
+        )
+        callbacks = []
+        if args.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=AugmentedDataset(train_dataset, args.seed),
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            compute_metrics=functools.partial(compute_metrics, config=config),
+            callbacks=callbacks,
+        )
+        self._logged_sums: dict[str, torch.Tensor] = {}
+        self._num_logged = 0
+
+    def get_train_dataloader(self):
+        self.data_collator = self.train_collator
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        self.data_collator = self.eval_collator
+        return super().get_eval_dataloader(eval_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            parts = {name: outputs[name] for name in LOGGED_LOSSES if outputs.get(name) is not None}
+            if outputs.get("gate") is not None:
+                mask = inputs["attention_mask"]
+                parts["mean_gate"] = (outputs["gate"] * mask).sum() / mask.sum()
+            for name, value in parts.items():  # summed on the device: a step never waits for a number to be printed
+                self._logged_sums[name] = self._logged_sums.get(name, 0) + value.detach().float()
+            self._num_logged += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._num_logged:
+            for name, total in self._logged_sums.items():
+                logs[name] = self.accelerator.reduce(total / self._num_logged, reduction="mean").item()
+            self._logged_sums, self._num_logged = {}, 0
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:  # a pickle, and nothing reads it
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def create_model_card(self, **kwargs):
+        """Nothing: train.py writes the card from the run's own figures, and pushing must not replace it."""
+
+    def evaluate_split(self, dataset) -> dict[str, float]:
+        """Metrics of a split, without prefix and timings."""
+        metrics = self.evaluate(dataset, metric_key_prefix="split")
+        metrics = {name.removeprefix("split_"): value for name, value in metrics.items() if name.startswith("split_")}
+        return {name: value for name, value in metrics.items() if name not in TIMINGS}
+
+
+def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
+    """The checkpoint to go on from: a named one, or with `true` the last complete one in `output_dir`.
+
+    Raises:
+        UserError: The named checkpoint is not there, or `output_dir` holds another run's checkpoints.
+    """
+    # Trainer writes its state last: a checkpoint without it was cut short.
+    complete = sorted(
+        (path.parent for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+    )
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        if complete:
+            raise UserError(
+                f"output_dir {args.output_dir!r} holds {complete[-1].name} of another run: give "
+                "--resume_from_checkpoint true to go on with it, or another --output_dir"
+            )
+        return None
+    if str(wanted).lower() == "true":
+        return str(complete[-1]) if complete else None
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise UserError(f"resume_from_checkpoint is {wanted!r}, expected a complete checkpoint folder")
+    return wanted

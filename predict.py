@@ -1,0 +1,38 @@
+"""Choose the tags of a dataset.
+
+accelerate launch predict.py --model_name_or_path M --dataset_name D [--split S] --output_file OUT.parquet
+"""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from magneto_training.arguments import PredictArguments, parse_arguments, user_errors_in_one_line
+from magneto_training.evaluation import format_metrics
+from magneto_training.prediction import load_model, load_prediction_split, predict_dataset
+from magneto_training.report import write_report
+
+
+def main() -> None:
+    (args,) = parse_arguments((PredictArguments,))
+    accelerator = Accelerator()
+    model, processor = load_model(args.model_name_or_path)
+    with accelerator.main_process_first():
+        dataset = load_prediction_split(args, processor.use_images)
+
+    metrics = predict_dataset(accelerator, model, processor, dataset, args)
+
+    if accelerator.is_main_process:
+        output_file = Path(args.output_file)
+        if metrics is not None:
+            print(format_metrics({args.dataset_name: metrics}))
+        print(f"{len(dataset)} images: {output_file}")
+        if args.report_images:
+            report_file = output_file.with_name("report.html")
+            write_report(report_file, output_file, dataset, metrics, args.report_images)
+            print(f"report: {report_file}")
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_line("predict.py"):
+        main()

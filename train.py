@@ -1,0 +1,61 @@
+"""Train MAGNeto: accelerate launch train.py CONFIG.yaml [--field value ...]"""
+
+from pathlib import Path
+
+from transformers import set_seed
+
+from magneto_training.arguments import (
+    DataArguments,
+    MagnetoTrainingArguments,
+    ModelArguments,
+    parse_arguments,
+    user_errors_in_one_line,
+)
+from magneto_training.backbone import prepare_backbone, resolve_normalization
+from magneto_training.evaluation import format_metrics, write_metrics
+from magneto_training.model_card import write_model_card
+from magneto_training.tag_data import build_vocabulary, load_training_splits
+from magneto_training.trainer import MagnetoTrainer, find_checkpoint
+from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
+
+
+def main() -> None:
+    model_args, data_args, training_args = parse_arguments((ModelArguments, DataArguments, MagnetoTrainingArguments))
+    checkpoint = find_checkpoint(training_args)
+    set_seed(training_args.seed)
+
+    # Data: one process reads and checks, the others find its result in the cache.
+    use_images = model_args.streams != "tag"
+    with training_args.main_process_first(desc="reading the dataset"):
+        splits = load_training_splits(data_args, use_images)
+        vocabulary = build_vocabulary(splits["train"])
+
+    # Model.
+    image_mean, image_std = resolve_normalization(model_args)
+    processor = MagnetoProcessor.from_vocabulary(
+        vocabulary, model_args.image_size, image_mean, image_std, model_args.max_tags, use_images
+    )
+    model = MagnetoForTagSummarization(model_args.to_config(vocab_size=len(processor.tokenizer)))
+    if use_images and checkpoint is None:
+        prepare_backbone(model.magneto, model_args.backbone_weights)
+
+    # Training.
+    trainer = MagnetoTrainer(model, training_args, data_args, processor, splits["train"], splits["validation"])
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # Results.
+    metrics = {name: trainer.evaluate_split(splits[name]) for name in ("validation", "test") if name in splits}
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        output_dir = Path(training_args.output_dir)
+        write_metrics(output_dir / "metrics.json", metrics)
+        print(format_metrics(metrics))
+        write_model_card(output_dir, metrics, model.config, processor, data_args, training_args)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_line("train.py"):
+        main()
