@@ -88,8 +88,13 @@ def _card_data(folder: Path, text: CardText, counts: dict, with_images: bool) ->
         size_categories=[_size_category(sum(counts["splits"].values()))],
         **text.metadata,
     )
+    configs = {
+        config: {split: ours for split, ours in splits.items() if counts["splits"][ours]}
+        for config, splits in CONFIGS.items()
+    }
+    configs = {config: splits for config, splits in configs.items() if splits}
     infos = {}
-    for config, splits in CONFIGS.items():
+    for config, splits in configs.items():
         sizes, download_size = SplitDict(), 0
         for split, ours in splits.items():
             files = shards(folder, ours)
@@ -111,7 +116,7 @@ def _card_data(folder: Path, text: CardText, counts: dict, with_images: bool) ->
                 for split, ours in splits.items()
             ],
         }
-        for config, splits in CONFIGS.items()
+        for config, splits in configs.items()
     ]
     return data
 

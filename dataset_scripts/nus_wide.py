@@ -409,7 +409,8 @@ def select(data: NusWide) -> Selection:
     train = np.array([row for photo, row in kept.items() if photo not in test_ids], int)
     test = np.array([row for photo, row in kept.items() if photo in test_ids], int)
     in_validation = np.zeros(len(train), bool)
-    chosen = np.random.default_rng(0).permutation(len(train))[: round(len(train) / 10)]
+    num_validation = max(round(len(train) / 10), min(1, len(train) // 2))
+    chosen = np.random.default_rng(0).permutation(len(train))[:num_validation]
     in_validation[chosen] = True
     rows = {
         "train": train[~in_validation],

@@ -169,6 +169,10 @@ class DatasetWriter:
             split: sum(pq.read_metadata(shard).num_rows for shard in shards(self.folder, split))
             for split in SHARD_STEMS
         }
+        for split, count in rows.items():
+            if count == 0:  # `load_dataset` stumbles over files without rows
+                for shard in shards(self.folder, split):
+                    shard.unlink()
         if rows["train"] == 0:
             reason = "the filter kept none"
             if faults:
@@ -231,7 +235,7 @@ class DatasetWriter:
             rows = self._with_photographs(rows, split, position)
         groups = iter(lambda: list(islice(rows, rows_per_group)), [])
         group = next(groups, [])
-        while group or number == 0:  # a split without rows is one shard without rows
+        while group:
             final = self.folder / f"{SHARD_STEMS[split]}-{number:05d}.parquet"
             unfinished = final.with_suffix(".unfinished")
             shard_bytes = 0

@@ -134,11 +134,12 @@ class TagTable:
     def _places(self) -> Iterator[str]:
         """The splits of successive kept rows that the table does not place by itself."""
         if self._layout.split_column is None:
-            block = ["test", "validation", *["train"] * 8]
+            block = ["train", "validation", "test", *["train"] * 7]
         elif any(self._split(name, row) == "validation" for name, row in self._rows()):
             block = ["train"]
         else:
-            block = ["validation", *["train"] * 9]
+            block = ["train", "validation", *["train"] * 8]
+        yield from block  # in this order, so that a table of three rows has three splits
         chance = random.Random(0)
         while True:
             yield from chance.sample(block, len(block))
