@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, TrainingArguments
@@ -123,6 +124,11 @@ class MagnetoTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = _option(False, "Our collator needs all columns.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")
     early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better F1.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not torch.accelerator.is_available():  # nothing to pin memory for, and PyTorch would warn
+            self.dataloader_pin_memory = False
 
 
 @dataclass

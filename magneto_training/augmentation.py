@@ -63,7 +63,7 @@ class ImageAugmentation:
         self.transform = v2.Compose(steps)
 
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
-        """Augment one photograph; the same seed gives the same result, and the caller's random state stays as it is."""
+        """Augment one photograph: the same for the same seed, and the random state of the caller stays as it is."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image.convert("RGB"))

@@ -71,9 +71,8 @@ def _download(config: MagnetoConfig) -> dict[str, torch.Tensor]:
         )
     except Exception as error:  # no network, no such file, no pretrained weights: timm and the Hub have many
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"timm's weights of the backbone {config.backbone!r} cannot be had ({type(error).__name__}: {reason}); {WAYS_OUT}"
-        ) from error
+        found = f"timm's weights of the backbone {config.backbone!r} cannot be had ({type(error).__name__}: {reason})"
+        raise UserError(f"{found}; {WAYS_OUT}") from error
     return pretrained.state_dict()
 
 

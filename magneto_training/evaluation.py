@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from transformers import EvalPrediction
 
 from modeling_magneto import MagnetoConfig
 from modeling_magneto.loss_magneto import IGNORED_LABEL, OBJECTIVES
+
+from .arguments import UsageError, UserError, user_errors_in_one_line
 
 THRESHOLD = 0.5
 
@@ -33,9 +36,7 @@ def output_names(config: MagnetoConfig) -> list[str]:
     return by_streams[config.streams]
 
 
-def evaluate_selection(
-    selected: dict[str, Sequence[np.ndarray]], labels: Sequence[np.ndarray]
-) -> dict[str, float]:
+def evaluate_selection(selected: dict[str, Sequence[np.ndarray]], labels: Sequence[np.ndarray]) -> dict[str, float]:
     """Metrics of the final output, and the F1 of each stream.
 
     Args:
@@ -78,17 +79,24 @@ def compute_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[s
 
 
 def format_metrics(metrics: dict[str, dict[str, float]]) -> str:
-    """Metrics of one or more splits as a table for people; the keep-all row stands beside every F1."""
+    """Metrics of several splits or models as a table for people; the keep-all row stands beside every F1."""
     rows = [("", "images", "precision", "recall", "F1", "F1, reducible images")]
+    keep_all = None
     for name, figures in metrics.items():
+        if keep_all not in (None, _percentages(figures, "keep_all_")):  # another split
+            rows.append(("  keep all", "", *keep_all))
+        keep_all = _percentages(figures, "keep_all_")
         rows.append((name, f"{figures['num_images']}", *_percentages(figures, "")))
-        for stream in ("tag", "image"):
-            if f"{stream}_f1" in figures and "tag_f1" in figures and "image_f1" in figures:
-                rows.append((f"  {stream} stream", "", "", "", f"{figures[f'{stream}_f1']:.2f}", ""))
-        rows.append(("  keep all", "", *_percentages(figures, "keep_all_")))
+        if "tag_f1" in figures and "image_f1" in figures:
+            rows += [
+                (f"  {stream} stream", "", "", "", f"{figures[f'{stream}_f1']:.2f}", "") for stream in ("tag", "image")
+            ]
+    rows.append(("  keep all", "", *keep_all))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in rows
     )
 
@@ -112,3 +120,20 @@ def _without_nan(value):
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
     return torch.sigmoid(torch.from_numpy(logits).float()).numpy()
+
+
+def main() -> None:
+    """Print the metrics files of several models as one table: python -m magneto_training.evaluation FILE ..."""
+    files = [Path(argument) for argument in sys.argv[1:]]
+    with user_errors_in_one_line("evaluation"):
+        if not files:
+            raise UsageError("no metrics file given, expected at least one")
+        try:
+            metrics = {path.name.removesuffix(".metrics.json"): json.loads(path.read_text()) for path in files}
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"a metrics file cannot be read: {error}") from None
+        print(format_metrics(metrics))
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,9 @@ def write_model_card(
         data_args, training_args: The run's arguments.
     """
     repo_id = training_args.hub_model_id or output_dir.name
-    dataset_name = Path(data_args.dataset_name).name if Path(data_args.dataset_name).exists() else data_args.dataset_name
+    dataset_name = (
+        Path(data_args.dataset_name).name if Path(data_args.dataset_name).exists() else data_args.dataset_name
+    )
     card_data = ModelCardData(
         model_name=repo_id.rpartition("/")[2],
         library_name="transformers",

@@ -43,7 +43,9 @@ def load_model(model_name_or_path: str) -> tuple[MagnetoForTagSummarization, Mag
         model = AutoModel.from_pretrained(model_name_or_path)
         processor = AutoProcessor.from_pretrained(model_name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"the model {model_name_or_path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"the model {model_name_or_path!r} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(model, MagnetoForTagSummarization):
         raise UserError(
             f"{model_name_or_path!r} holds a {type(model).__name__}, expected a MagnetoForTagSummarization"
@@ -172,7 +174,10 @@ def predict_dataset(
                 _collect(batch, known_labels, selected)
             progress.update(len(batch.rows))
 
-    known_labels, selected = gather_object(known_labels), {name: gather_object(rows) for name, rows in selected.items()}
+    known_labels, selected = (
+        gather_object(known_labels),
+        {name: gather_object(rows) for name, rows in selected.items()},
+    )
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None

@@ -90,7 +90,9 @@ def _find_tables(folder: Path) -> dict[str, list[Path]]:
         raise DataError(f"{folder} holds both CSV and JSON tables, expected one kind")
     splits = {}
     for path in tables:
-        names = [split for split, pattern in SPLIT_NAMES.items() if pattern.search(path.relative_to(folder).as_posix())]
+        names = [
+            split for split, pattern in SPLIT_NAMES.items() if pattern.search(path.relative_to(folder).as_posix())
+        ]
         splits.setdefault(names[0] if names else "train", []).append(path)
     return splits
 
@@ -128,7 +130,8 @@ def _is_text(feature) -> bool:
 
 def _parse_table_rows(rows: dict, text_columns: list[str], folders: list[str] | None) -> dict:
     parsed = {
-        name: [[tag.strip() for tag in text.split(",")] if text else [] for text in rows[name]] for name in text_columns
+        name: [[tag.strip() for tag in text.split(",")] if text else [] for text in rows[name]]
+        for name in text_columns
     }
     if folders is not None:
         parsed["image"] = [_resolve_image(path, folders) for path in rows["image"]]
@@ -170,7 +173,9 @@ class RowReport:
         for problem, items in self.problems.items():
             shown = ", ".join(items[:MAX_REPORTED_ITEMS]) + (", ..." if len(items) > MAX_REPORTED_ITEMS else "")
             parts.append(f"{len(items)} with {problem} (item_id {shown})")
-        return f"{self.name}: {self.num_rows - len(self.good_rows)} of {self.num_rows} rows are bad: {'; '.join(parts)}"
+        return (
+            f"{self.name}: {self.num_rows - len(self.good_rows)} of {self.num_rows} rows are bad: {'; '.join(parts)}"
+        )
 
 
 def check_columns(dataset: Dataset, name: str, columns: Sequence[str]) -> None:
@@ -239,7 +244,9 @@ def _find_problems(rows: pa.Table) -> pa.Table:
     return pa.table({"problem": pa.array(problems, pa.string()), "item_id": rows["item_id"]})
 
 
-def _encode(column: pa.ChunkedArray, names: dict[str, int]) -> tuple[np.ndarray, np.ndarray, dict[str, int], np.ndarray]:
+def _encode(
+    column: pa.ChunkedArray, names: dict[str, int]
+) -> tuple[np.ndarray, np.ndarray, dict[str, int], np.ndarray]:
     """Tags of a list column as (row of each tag, code of its normalised form or -1 if empty, codes, tags per row)."""
     lists = column.combine_chunks()
     encoded = pc.list_flatten(lists).dictionary_encode()

@@ -277,7 +277,7 @@ class MagnetoPreTrainedModel(PreTrainedModel):
 
 
 class MagnetoModel(MagnetoPreTrainedModel):
-    """The two streams without heads (figure 2): tags, and for all but `streams="tag"` a photograph, to hidden states."""
+    """The two streams without heads (figure 2): tags, and but for `streams="tag"` a photograph, to hidden states."""
 
     def __init__(self, config: MagnetoConfig):
         super().__init__(config)
@@ -318,7 +318,9 @@ class MagnetoModel(MagnetoPreTrainedModel):
             ValueError: There is no photograph, and the model needs one.
         """
         if pixel_values is None and self.config.streams != "tag":
-            raise ValueError(f"pixel_values is missing: a model with streams={self.config.streams!r} needs photographs")
+            raise ValueError(
+                f"pixel_values is missing: a model with streams={self.config.streams!r} needs photographs"
+            )
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
         mask = attention_mask.bool()

@@ -12,7 +12,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .selection_magneto import select_by_threshold, select_top_k
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
-IGNORED_LABEL = -100
+IGNORED_LABEL = -100  # as in loss_magneto, which this file must not import
 
 
 def normalize_tag(tag: str) -> str:
@@ -210,7 +210,8 @@ class MagnetoProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*self.tokenizer.model_input_names, *(self.image_processor.model_input_names if self.use_images else [])]
+        images = self.image_processor.model_input_names if self.use_images else []
+        return [*self.tokenizer.model_input_names, *images]
 
 
 __all__ = ["MagnetoProcessor"]

@@ -1,0 +1,83 @@
+"""What the tests share: one thread for each test process, no network, small models and drawn photographs."""
+
+import os
+
+# Before torch is imported: two test processes on two cores must not fight over threads.
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
+
+COLORS = {"blue": (40, 80, 220), "green": (40, 170, 60), "red": (210, 40, 40), "yellow": (240, 210, 40)}
+TINY_BACKBONE = "test_resnet.r160_in1k"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config() -> MagnetoConfig:
+    """A model of both streams that runs in milliseconds."""
+    return MagnetoConfig(
+        vocab_size=2 + len(COLORS),
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        backbone=TINY_BACKBONE,
+        image_size=32,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config) -> MagnetoForTagSummarization:
+    return MagnetoForTagSummarization(tiny_config).eval()
+
+
+@pytest.fixture
+def processor() -> MagnetoProcessor:
+    """Knows the four colours; photographs of 32 px."""
+    return MagnetoProcessor.from_vocabulary(sorted(COLORS), image_size=32)
+
+
+def draw(tags: list[str], important: list[str], size: int = 40) -> Image.Image:
+    """A photograph in which important colours are large stripes and the other tags are missing."""
+    image = Image.new("RGB", (size, size), (128, 128, 128))
+    canvas = ImageDraw.Draw(image)
+    for index, color in enumerate(important):
+        canvas.rectangle((0, index * size // 4, size, (index + 1) * size // 4 - 2), fill=COLORS[color])
+    return image
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict]:
+    """Rows as the datasets hold them, photographs included."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        tags = [str(tag) for tag in rng.permutation(sorted(COLORS))[: rng.integers(2, 5)]]
+        important = tags[: rng.integers(1, len(tags))]
+        rows.append(
+            {
+                "item_id": f"im{index}",
+                "image": draw(tags, important),
+                "tags": sorted(tags),
+                "important_tags": important,
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def dataset_dir(tmp_path_factory):
+    """A folder that `load_dataset` takes: 48 training, 16 validation and 13 test rows with photographs."""
+    folder = tmp_path_factory.mktemp("dataset")
+    for split, count in (("train", 48), ("validation", 16), ("test", 13)):
+        rows = datasets.Dataset.from_list(make_rows(count, seed=count))
+        rows.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}.parquet")
+    return folder

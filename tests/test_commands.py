@@ -1,0 +1,200 @@
+"""The commands as a user calls them: train, kill, resume, several processes, predict, bad input."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from transformers import AutoModel, AutoProcessor
+
+from modeling_magneto import MagnetoForTagSummarization
+
+ROOT = Path(__file__).parent.parent
+ONE_PROCESS = [sys.executable]
+TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, dataset_dir) -> Path:
+    settings = {
+        "dataset_name": str(dataset_dir),
+        "backbone": "test_resnet.r160_in1k",
+        "backbone_weights": "none",
+        "num_trainable_backbone_stages": -1,
+        "image_size": 32,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def run(launcher: list[str], script: str, *arguments, **kwargs) -> subprocess.CompletedProcess:
+    command = [*launcher, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def run_well(launcher: list[str], script: str, *arguments) -> str:
+    done = run(launcher, script, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained_dir(config_file, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("trained") / "model"
+    run_well(ONE_PROCESS, "train.py", config_file, "--output_dir", output_dir)
+    return output_dir
+
+
+def test_training_leaves_a_complete_folder(trained_dir):
+    names = {path.name for path in trained_dir.iterdir()}
+    assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "README.md"} <= names
+    assert {"modeling_magneto.py", "processing_magneto.py", "metrics.json", "trainer_state.json"} <= names
+    assert list(trained_dir.glob("runs/*/events*")), "no TensorBoard log"
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+    assert isinstance(AutoModel.from_pretrained(trained_dir), MagnetoForTagSummarization)
+    assert AutoProcessor.from_pretrained(trained_dir).vocabulary == ["blue", "green", "red", "yellow"]
+
+
+def test_metrics_file_holds_the_contract_keys_for_each_split(trained_dir):
+    metrics = json.loads((trained_dir / "metrics.json").read_text())
+    assert {name: figures["num_images"] for name, figures in metrics.items()} == {"validation": 16, "test": 13}
+    for figures in metrics.values():
+        assert {
+            *("precision", "recall", "f1", "tag_f1", "image_f1", "reducible_f1", "keep_all_reducible_f1"),
+            *("keep_all_precision", "keep_all_recall", "keep_all_f1"),
+        } <= set(figures)
+        assert figures["keep_all_recall"] == 100
+
+
+def test_each_epoch_logs_losses_of_all_outputs_and_the_gate(trained_dir):
+    history = json.loads((trained_dir / "trainer_state.json").read_text())["log_history"]
+    training = [entry for entry in history if "loss" in entry]
+    evaluation = [entry for entry in history if "eval_f1" in entry]
+    assert len(training) == len(evaluation) == 2
+    for entry in training:
+        parts = [entry[name] for name in ("final_loss", "tag_loss", "image_loss")]
+        assert sum(parts) == pytest.approx(entry["loss"], rel=1e-4)
+        assert 0 < entry["mean_gate"] < 1
+    for entry in evaluation:
+        assert {"eval_tag_f1", "eval_image_f1", "eval_tag_loss", "eval_mean_gate"} <= set(entry)
+
+
+def test_a_killed_run_resumes_in_the_middle_of_an_epoch_to_the_same_metrics(config_file, tmp_path):
+    # 6 steps an epoch: the checkpoint after step 4 lies inside the first.
+    arguments = [config_file, "--save_strategy", "steps", "--save_steps", 4, "--eval_strategy", "steps"]
+    arguments += ["--eval_steps", 4, "--dataloader_num_workers", 1, "--num_train_epochs", 4]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_well(ONE_PROCESS, "train.py", *arguments, "--output_dir", whole)
+
+    command = [*ONE_PROCESS, str(ROOT / "train.py"), *map(str, arguments), "--output_dir", str(killed)]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.time() + 120
+        while not (killed / "checkpoint-4" / "trainer_state.json").exists():
+            assert process.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (killed / "metrics.json").exists()
+
+    run_well(ONE_PROCESS, "train.py", *arguments, "--output_dir", killed, "--resume_from_checkpoint", "true")
+    assert json.loads((killed / "metrics.json").read_text()) == json.loads((whole / "metrics.json").read_text())
+    for name, weights in AutoModel.from_pretrained(whole).state_dict().items():
+        assert torch.equal(weights, AutoModel.from_pretrained(killed).state_dict()[name]), name
+
+
+def test_two_processes_train(config_file, tmp_path):
+    run_well(TWO_PROCESSES, "train.py", config_file, "--output_dir", tmp_path / "model", "--num_train_epochs", 1)
+    metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
+    assert metrics["validation"]["num_images"] == 16
+
+
+def test_predictions_of_two_processes_equal_those_of_one(trained_dir, dataset_dir, tmp_path):
+    def predict(launcher, name):
+        file = tmp_path / name / "out.parquet"
+        arguments = ["--model_name_or_path", trained_dir, "--dataset_name", dataset_dir, "--output_file", file]
+        printed = run_well(launcher, "predict.py", *arguments, "--split", "test", "--batch_size", 4)
+        assert "keep all" in printed and str(file.with_name("report.html")) in printed
+        assert {path.name for path in file.parent.iterdir()} == {"out.parquet", "out.metrics.json", "report.html"}
+        return pq.read_table(file).to_pylist(), json.loads(file.with_name("out.metrics.json").read_text())
+
+    one, metrics = predict(ONE_PROCESS, "one")
+    two, same_metrics = predict(TWO_PROCESSES, "two")
+    rows = datasets.Dataset.from_parquet(str(dataset_dir / "test.parquet"))
+    assert [row["item_id"] for row in one] == [row["item_id"] for row in two] == rows["item_id"][:]
+    for single, double, row in zip(one, two, rows, strict=True):
+        assert single["tags"] == double["tags"] == row["tags"]
+        assert single["scores"] == pytest.approx(double["scores"], abs=1e-5)
+        assert single["selected_tags"] == [
+            tag for tag, score in zip(single["tags"], single["scores"], strict=True) if score >= 0.5
+        ]
+    assert same_metrics == metrics
+    trained = json.loads((trained_dir / "metrics.json").read_text())["test"]
+    for name in ("precision", "recall", "f1", "tag_f1", "image_f1", "keep_all_f1", "reducible_f1"):
+        assert metrics[name] == pytest.approx(trained[name]), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (["--learning_rat", "1"], 2, "did you mean 'learning_rate'?"),
+        (["--dropout", "-1"], 2, "dropout"),
+        (["--hidden_size", "15"], 2, "hidden_size"),
+        (["--backbone", "resnet81"], 1, "resnet81"),
+        (["--backbone_weights", "pretrained"], 1, "--backbone_weights none"),
+        (["--dataset_name", "missing_folder"], 1, "missing_folder"),
+        (["--train_split", "training"], 1, "'training'"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else None,
+)
+def test_bad_arguments_end_training_with_one_line(
+    config_file, tmp_path, arguments, status, expected, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", str(config_file), "--output_dir", str(tmp_path / "model"), *arguments]
+    )
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert ended.value.code == status
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: error:")]
+    assert len(errors) == 1 and expected in errors[0]
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_bad_rows_stop_training_with_their_ids_or_are_left_out(config_file, dataset_dir, tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for split in ("train", "validation"):
+        table = pq.read_table(dataset_dir / f"{split}.parquet")
+        rows = datasets.Dataset.from_parquet(str(dataset_dir / f"{split}.parquet"))
+        rows = rows.cast_column("image", datasets.Image(decode=False)).to_list()
+        if split == "train":
+            rows[3]["image"]["bytes"] = rows[3]["image"]["bytes"][:90]
+            rows[7]["important_tags"] = ["purple"]
+        dataset = datasets.Dataset.from_list(rows, features=datasets.Features.from_arrow_schema(table.schema))
+        dataset.to_parquet(bad / f"{split}.parquet")
+    arguments = [config_file, "--dataset_name", bad, "--output_dir", tmp_path / "model", "--num_train_epochs", 1]
+
+    done = run(ONE_PROCESS, "train.py", *arguments)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert "2 of 48 rows" in message and "item_id im3" in message and "item_id im7" in message
+
+    assert "2 of 48 rows" in run_well(ONE_PROCESS, "train.py", *arguments, "--skip_bad_rows", "true")
