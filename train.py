@@ -44,14 +44,14 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Results.
-    metrics = {name: trainer.evaluate_split(splits[name]) for name in ("validation", "test") if name in splits}
+    metrics = {name: trainer.evaluate_split(name, splits[name]) for name in ("validation", "test") if name in splits}
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         output_dir = Path(training_args.output_dir)
         write_metrics(output_dir / "metrics.json", metrics)
         print(format_metrics(metrics))
-        write_model_card(output_dir, metrics, model.config, processor, data_args, training_args)
+        write_model_card(output_dir, metrics, model.config, processor, model_args, data_args, training_args)
     if training_args.push_to_hub:
         trainer.push_to_hub()
 

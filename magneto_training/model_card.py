@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_magneto import MagnetoConfig, MagnetoProcessor
 
-from .arguments import DataArguments, MagnetoTrainingArguments
+from .arguments import DataArguments, MagnetoTrainingArguments, ModelArguments
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 CONFIG_FIELDS = (
@@ -42,6 +42,7 @@ def write_model_card(
     metrics: dict[str, dict[str, float]],
     config: MagnetoConfig,
     processor: MagnetoProcessor,
+    model_args: ModelArguments,
     data_args: DataArguments,
     training_args: MagnetoTrainingArguments,
 ) -> None:
@@ -51,18 +52,20 @@ def write_model_card(
         output_dir: The trained folder.
         metrics: Metrics of each split, as in `metrics.json`.
         config, processor: The model's.
-        data_args, training_args: The run's arguments.
+        model_args, data_args, training_args: The run's arguments.
     """
     repo_id = training_args.hub_model_id or output_dir.name
     dataset_name = (
         Path(data_args.dataset_name).name if Path(data_args.dataset_name).exists() else data_args.dataset_name
     )
+    model_name = repo_id.rpartition("/")[2]
+    timm_weights = processor.use_images and model_args.backbone_weights == "pretrained" and "." in config.backbone
     card_data = ModelCardData(
-        model_name=repo_id.rpartition("/")[2],
+        model_name=model_name,
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         license="apache-2.0",
-        base_model=f"timm/{config.backbone}" if config.streams != "tag" and "." in config.backbone else None,
+        base_model=f"timm/{config.backbone}" if timm_weights else None,
         tags=["magneto", "extractive-tags-summarization", "image-tagging"],
         eval_results=[
             EvalResult(
@@ -89,6 +92,7 @@ def write_model_card(
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
+        model_name=model_name,
         repo_id=repo_id,
         dataset_name=dataset_name,
         example_tags=vocabulary[:4],

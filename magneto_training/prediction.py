@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
@@ -74,7 +75,8 @@ def has_ground_truth(dataset: Dataset) -> bool:
     """Whether any row has an important tag; a column of empty lists says that nothing is known."""
     if "important_tags" not in dataset.column_names:
         return False
-    return any(row for row in dataset.select_columns("important_tags")["important_tags"])
+    columns = dataset.select_columns("important_tags").with_format("arrow").iter(batch_size=10_000)
+    return any(pc.any(pc.greater(pc.list_value_length(rows["important_tags"]), 0)).as_py() for rows in columns)
 
 
 def _choose_split(splits: DatasetDict, args: PredictArguments) -> str:

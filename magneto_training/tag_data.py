@@ -33,6 +33,7 @@ SPLIT_NAMES = {
     "test": re.compile(r"test|eval", re.IGNORECASE),
 }
 MAX_REPORTED_ITEMS = 5
+ROWS_PER_CHECKING_PROCESS = 50_000
 
 
 class DataError(UserError):
@@ -207,6 +208,8 @@ def check_rows(dataset: Dataset, name: str, use_images: bool, use_labels: bool) 
         batched=True,
         remove_columns=columns,
         features=datasets.Features({"problem": datasets.Value("string"), "item_id": datasets.Value("string")}),
+        # Small data is checked before another process has started.
+        num_proc=min(os.cpu_count() or 1, len(dataset) // ROWS_PER_CHECKING_PROCESS) or None,
         desc=f"Checking {name}",
     )
     problems = pc.fill_null(_column(checked, "problem"), "").to_numpy(zero_copy_only=False)

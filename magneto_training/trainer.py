@@ -98,11 +98,11 @@ class MagnetoTrainer(Trainer):
     def create_model_card(self, **kwargs):
         """Nothing: train.py writes the card from the run's own figures, and pushing must not replace it."""
 
-    def evaluate_split(self, dataset) -> dict[str, float]:
+    def evaluate_split(self, name: str, dataset) -> dict[str, float]:
         """Metrics of a split, without prefix and timings."""
-        metrics = self.evaluate(dataset, metric_key_prefix="split")
-        metrics = {name.removeprefix("split_"): value for name, value in metrics.items() if name.startswith("split_")}
-        return {name: value for name, value in metrics.items() if name not in TIMINGS}
+        metrics = self.evaluate(dataset, metric_key_prefix=name)
+        metrics = {key.removeprefix(f"{name}_"): value for key, value in metrics.items() if key.startswith(f"{name}_")}
+        return {key: value for key, value in metrics.items() if key not in TIMINGS}
 
 
 def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:

@@ -7,7 +7,13 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerFast, ProcessorMixin
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput, PILImageResampling
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageInput,
+    PILImageResampling,
+    make_flat_list_of_images,
+)
 
 from .selection_magneto import select_by_threshold, select_top_k
 
@@ -152,8 +158,7 @@ class MagnetoProcessor(ProcessorMixin):
     def _pixel_values(self, images: ImageInput | None, expected: int, images_kwargs: dict) -> torch.Tensor:
         if images is None:
             raise ValueError("images is missing: this model needs one photograph for each list of tags")
-        images = self.image_processor.fetch_images(images)
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        images = make_flat_list_of_images(self.image_processor.fetch_images(images))
         if len(images) != expected:
             raise ValueError(f"found {len(images)} photographs for {expected} lists of tags, expected as many")
         return self.image_processor(images, return_tensors="pt", **images_kwargs)["pixel_values"]
