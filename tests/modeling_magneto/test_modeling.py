@@ -39,7 +39,7 @@ def make_batch(size: int = 64) -> dict[str, torch.Tensor]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ equations
+# ----------------------------------------------------------------------------------------------------------- equations
 
 
 def sigmoid(z):
@@ -291,7 +291,7 @@ def test_training_under_bf16_autocast_is_finite(tiny_config):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------------- what a user gets back
+# ----------------------------------------------------------------------------------------------- what a user gets back
 
 
 @pytest.mark.parametrize("streams", ["both", "image"])
@@ -368,7 +368,7 @@ def test_dropout_acts_in_training_only(tiny_config):
         assert not torch.equal(model(**batch).tag_logits, model(**batch).tag_logits)
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 @pytest.mark.parametrize("stages", [0, 1, -1])
@@ -449,7 +449,7 @@ def test_padding_has_no_embedding_to_learn(tiny_config):
     assert (model.magneto.tag_embedder.weight.grad[1:].abs().sum(-1) > 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ backbones
+# ----------------------------------------------------------------------------------------------------------- backbones
 
 
 @pytest.mark.parametrize(
