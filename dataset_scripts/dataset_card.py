@@ -243,8 +243,7 @@ vocabulary of {num_tags:,}; {important:,} of them ({important / tags:.1%}) are i
 
 ![Class balance](figures/class_balance.png)
 
-{text.ending}
-"""
+{text.ending}""".rstrip() + "\n"
 
 
 def _show(value: float) -> str:

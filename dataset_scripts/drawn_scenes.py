@@ -13,6 +13,8 @@ from random import Random
 
 from PIL import Image, ImageChops, ImageDraw
 
+SAMPLE_MARKER = "DRAWN_SAMPLE.txt"  # tells a drawn sample from the real NUS-WIDE
+
 LARGE, TINY, CUT, ABSENT = "large", "tiny", "cut", "absent"
 
 PHOTO_SIZE = 96  # pixels, square: what a demo model trained at 64 px sees is the whole scene

@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from drawn_scenes import Scene, draw_scene, plan_scene
+from drawn_scenes import SAMPLE_MARKER, Scene, draw_scene, plan_scene
 from nus_wide import CONCEPTS
 from tqdm import tqdm
 
 TEST_SHARE = 0.25
-MARKER = "DRAWN_SAMPLE.txt"
 
 
 def main() -> int:
@@ -31,22 +30,32 @@ def main() -> int:
     if args.num_images < 1:
         parser.error(f"--num_images is {args.num_images}, expected at least 1")
     # Only a sample is ever replaced, never somebody's download of the real NUS-WIDE.
-    if args.out.exists() and not (args.out / MARKER).exists():
-        print(f"error: {args.out} is not a drawn sample, expected a new folder", file=sys.stderr)
+    try:
+        if args.out.exists() and any(args.out.iterdir()):
+            if not (args.out / SAMPLE_MARKER).exists():
+                raise FileExistsError(f"{args.out} is not a drawn sample, expected a new folder")
+        make_sample(args.out.absolute(), args.num_images, args.seed)
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"error: {error}", file=sys.stderr)
         return 1
-
-    partial_out = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    scenes = plan_scenes(args.num_images, args.seed)
-    write_lists(partial_out, scenes, Random(f"split {args.seed}"))
-    draw_photographs(partial_out, scenes, args.seed)
-    (partial_out / MARKER).write_text(
-        f"Drawn by make_sample.py, --num_images {args.num_images} --seed {args.seed}\n"
-    )
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial_out.rename(args.out)
-    print(f"{len(scenes)} drawn photographs in {args.out}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"{args.num_images} drawn photographs in {args.out}")
     return 0
+
+
+def make_sample(out: Path, num_images: int, seed: int) -> None:
+    """Draws a sample beside OUT and gives it its name when it is complete."""
+    partial_out = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    scenes = plan_scenes(num_images, seed)
+    write_lists(partial_out, scenes, Random(f"split {seed}"))
+    draw_photographs(partial_out, scenes, seed)
+    settings = f"--num_images {num_images} --seed {seed}"
+    (partial_out / SAMPLE_MARKER).write_text(f"Drawn by make_sample.py {settings}\n")
+    shutil.rmtree(out, ignore_errors=True)
+    partial_out.rename(out)
 
 
 def plan_scenes(num_images: int, seed: int) -> dict[str, tuple[int, Scene]]:

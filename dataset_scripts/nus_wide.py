@@ -186,7 +186,7 @@ class NusWideFolder:
 
     def _add(self, name: str) -> None:
         stem, suffix = os.path.splitext(os.path.basename(name).lower())
-        if suffix in PHOTOGRAPH_SUFFIXES:
+        if suffix in PHOTOGRAPH_SUFFIXES and photo_id(stem).isdigit():
             self.photographs.setdefault(photo_id(stem), name)
         elif suffix == ".txt":
             self._unpacked.setdefault(stem + suffix, []).append(TextFile(name, self.root / name))

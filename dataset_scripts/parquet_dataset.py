@@ -116,7 +116,7 @@ class DatasetWriter:
         if out.exists() and not (out / "counts.json").exists():
             if not out.is_dir() or any(out.iterdir()):
                 raise InputError(f"{out}: holds other files, expected a new folder or a dataset")
-        self.out = out
+        self.out = out = out.absolute()
         self.folder = out.with_name(out.name + ".partial")
         self._root = photograph_root
         self._short_side = short_side
@@ -173,6 +173,8 @@ class DatasetWriter:
             if count == 0:  # `load_dataset` stumbles over files without rows
                 for shard in shards(self.folder, split):
                     shard.unlink()
+                if split == "unlabeled":
+                    (self.folder / SHARD_STEMS[split]).parent.rmdir()
         if rows["train"] == 0:
             reason = "the filter kept none"
             if faults:
@@ -238,13 +240,10 @@ class DatasetWriter:
         while group:
             final = self.folder / f"{SHARD_STEMS[split]}-{number:05d}.parquet"
             unfinished = final.with_suffix(".unfinished")
-            shard_bytes = 0
             with pq.ParquetWriter(unfinished, schema, write_page_index=True) as writer:
-                while group and shard_bytes < SHARD_BYTES:
+                while group and unfinished.stat().st_size < SHARD_BYTES:
                     usable = [row for row in group if self._root is None or row["image"]]
-                    table = pa.Table.from_pylist(usable, schema)
-                    writer.write_table(table)
-                    shard_bytes += table.nbytes
+                    writer.write_table(pa.Table.from_pylist(usable, schema))
                     position += len(group)
                     bar.update(len(group))
                     group = next(groups, [])
@@ -430,8 +429,8 @@ class Progress:
         known = self._database.execute("SELECT fingerprint FROM input").fetchone()
         if known == (fingerprint,):
             return
-        for split in SHARD_STEMS:
-            for shard in shards(folder, split):
+        for stem in SHARD_STEMS.values():
+            for shard in (folder / stem).parent.iterdir():  # finished or not
                 shard.unlink()
         for table in ("input", "shards", "photographs", "faults"):
             self._database.execute(f"DELETE FROM {table}")

@@ -5,9 +5,11 @@ python dataset_scripts/prepare_nus_wide.py NUS_WIDE_DIR OUT [--no_images]
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from dataset_card import CardText
+from drawn_scenes import SAMPLE_MARKER
 from nus_wide import HOMEPAGE, NusWideFolder, read_nus_wide, select, selected_items
 from parquet_dataset import InputError
 from prepare_command import add_output_arguments, run, write
@@ -69,6 +71,17 @@ on Flickr; publish photographs only if you may.
 ```""",
 )
 
+SAMPLE_CARD_TEXT = replace(
+    CARD_TEXT,
+    name="Drawn sample for extractive tags summarization",
+    metadata={"license": "apache-2.0", "annotations_creators": ["machine-generated"]},
+    introduction="""Pictures drawn by `make_sample.py`, with 27 of the 81 concepts of NUS-WIDE as
+tags. A tag is important if its thing is a main subject of the picture, and not if it is tiny, cut
+off by the edge, or not in the picture at all; the tags alone do not tell. Prepared by
+`prepare_nus_wide.py` like the real NUS-WIDE, for demonstrations and tests.""",
+    ending="",
+)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -89,7 +102,9 @@ def prepare(args: argparse.Namespace) -> None:
         )
     selection = select(data)
     items = selected_items(data, selection, folder.photographs)
-    write(args, items, args.nus_wide_dir, selection.counts, CARD_TEXT)
+    drawn = (args.nus_wide_dir / SAMPLE_MARKER).exists()
+    text = SAMPLE_CARD_TEXT if drawn else CARD_TEXT
+    write(args, items, args.nus_wide_dir, selection.counts, text)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,11 @@ class TagTable:
             raise InputError(f"{path}: no such file, expected a CSV, JSON Lines or Parquet table")
         if image_dir is not None and not image_dir.is_dir():
             raise InputError(f"{image_dir}: no such folder, expected the photographs")
+        if len(layout.column_separator) != 1:
+            found = layout.column_separator
+            raise InputError(f"--column_separator is {found!r}, expected one character")
+        if not layout.tag_separator:
+            raise InputError("--tag_separator is empty, expected what stands between tags")
         readers = {
             ".csv": self._read_csv,
             ".tsv": self._read_csv,

@@ -1,0 +1,204 @@
+"""A dataset appears whole or not at all, the same every time, and `load_dataset` reads it."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "dataset_scripts"
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(str(path.relative_to(a)) for path in a.rglob("*") if path.is_file())
+    others = sorted(str(path.relative_to(b)) for path in b.rglob("*") if path.is_file())
+    match, mismatch, errors = filecmp.cmpfiles(a, b, names, shallow=False)
+    return names == others and not mismatch and not errors
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of about 60 photographs, so that a small sample has several."""
+    import parquet_dataset
+
+    monkeypatch.setattr(parquet_dataset, "SHARD_BYTES", 150_000)
+    monkeypatch.setattr(parquet_dataset, "ROWS_PER_GROUP_WITH_IMAGES", 20)
+    monkeypatch.setattr(parquet_dataset, "COMMIT_EVERY", 10)
+
+
+@pytest.fixture
+def count_photographs(monkeypatch):
+    """Counts the photographs that are encoded, and can interrupt after so many."""
+    import parquet_dataset
+
+    encode = parquet_dataset.encode_photograph
+    calls = []
+
+    def counted(root, path, short_side):
+        calls.append(path)
+        if len(calls) == counted.limit:
+            raise KeyboardInterrupt
+        return encode(root, path, short_side)
+
+    counted.limit, counted.calls = None, calls
+    monkeypatch.setattr(parquet_dataset, "encode_photograph", counted)
+    return counted
+
+
+def test_a_second_run_gives_the_same_bytes(tmp_path, run_script, sample, small_shards):
+    for out in ("a", "b", "b"):  # the last one replaces the one before
+        assert run_script("prepare_nus_wide", sample, tmp_path / out).status == 0
+    assert same_files(tmp_path / "a", tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    tmp_path, run_script, sample, small_shards, count_photographs
+):
+    assert run_script("prepare_nus_wide", sample, tmp_path / "whole").status == 0
+    total = len(count_photographs.calls)
+    for limit in (40, 170):
+        count_photographs.calls.clear()
+        count_photographs.limit = limit
+        outcome = run_script("prepare_nus_wide", sample, tmp_path / "out")
+        assert outcome.status == 130
+        assert "goes on" in outcome.error
+        assert not (tmp_path / "out").exists()
+    count_photographs.calls.clear()
+    count_photographs.limit = None
+    assert run_script("prepare_nus_wide", sample, tmp_path / "out").status == 0
+    assert len(count_photographs.calls) < total - 100
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, run_script, sample):
+    code = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import parquet_dataset
+parquet_dataset.COMMIT_EVERY = 10
+encode = parquet_dataset.encode_photograph
+calls = []
+def killing(*arguments):
+    calls.append(arguments)
+    if len(calls) == 150:
+        os._exit(9)
+    return encode(*arguments)
+parquet_dataset.encode_photograph = killing
+sys.argv = ["prepare_nus_wide", {str(sample)!r}, {str(tmp_path / "out")!r}]
+runpy.run_path({str(SCRIPTS / "prepare_nus_wide.py")!r}, run_name="__main__")
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
+    assert not (tmp_path / "out").exists()
+    assert run_script("prepare_nus_wide", sample, tmp_path / "out").status == 0
+    assert run_script("prepare_nus_wide", sample, tmp_path / "whole").status == 0
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+
+
+def test_progress_on_other_options_is_not_used(
+    tmp_path, run_script, sample, small_shards, count_photographs
+):
+    count_photographs.limit = 170
+    assert run_script("prepare_nus_wide", sample, tmp_path / "out").status == 130
+    count_photographs.limit = None
+    for out in ("out", "whole"):
+        arguments = (sample, tmp_path / out, "--short_side", 40)
+        assert run_script("prepare_nus_wide", *arguments).status == 0
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+
+
+def test_two_runs_do_not_write_the_same_dataset(tmp_path, run_script, small_nus_wide):
+    from parquet_dataset import DatasetWriter
+
+    with DatasetWriter(tmp_path / "out", None, 144):
+        outcome = run_script("prepare_nus_wide", small_nus_wide, tmp_path / "out", "--no_images")
+    assert outcome.status == 1
+    assert "no other run" in outcome.error
+
+
+def test_no_photograph_that_can_be_used_is_an_error(tmp_path, run_script, small_nus_wide):
+    (small_nus_wide / "999.jpg").write_text("none of the list")
+    outcome = run_script("prepare_nus_wide", small_nus_wide, tmp_path / "out")
+    assert outcome.status == 1
+    assert "no row is left for the train split: 18 photographs are unusable" in outcome.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_and_row_groups_are_small(tmp_path, run_script, sample, small_shards):
+    assert run_script("prepare_nus_wide", sample, tmp_path / "out").status == 0
+    shards = sorted((tmp_path / "out/data").glob("train-*.parquet"))
+    assert len(shards) > 2
+    for shard in shards:
+        metadata = pq.read_metadata(shard)
+        assert shard.stat().st_size < 300_000
+        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        assert max(groups) <= 20
+
+
+def test_load_dataset_reads_and_streams_all_splits(tmp_path, run_script, sample, small_shards):
+    assert run_script("prepare_nus_wide", sample, tmp_path / "out").status == 0
+    counts = json.loads((tmp_path / "out/counts.json").read_text())["splits"]
+    for config, splits in (("default", ("train", "validation", "test")), ("unlabeled", ("train",))):
+        loaded = datasets.load_dataset(str(tmp_path / "out"), config, cache_dir=str(tmp_path / "c"))
+        assert tuple(loaded) == splits
+        for split in splits:
+            expected = counts["unlabeled" if config == "unlabeled" else split]
+            assert len(loaded[split]) == expected
+            assert isinstance(loaded[split].features["image"], datasets.Image)
+            streamed = datasets.load_dataset(
+                str(tmp_path / "out"), config, split=split, streaming=True
+            )
+            rows = list(streamed)
+            assert [row["item_id"] for row in rows] == loaded[split]["item_id"][:]
+            assert rows[0]["image"].mode == "RGB"
+            assert rows[0]["image"].size == (96, 96)
+
+
+def test_the_card_tells_the_counts_and_shows_the_figures(tmp_path, run_script, sample):
+    from huggingface_hub import DatasetCard
+
+    assert run_script("prepare_nus_wide", sample, tmp_path / "out").status == 0
+    counts = json.loads((tmp_path / "out/counts.json").read_text())
+    card = DatasetCard.load(tmp_path / "out/README.md")
+    assert card.data.task_categories == ["zero-shot-image-classification"]
+    assert card.data.license == "apache-2.0"
+    assert card.data.pretty_name.startswith("Drawn sample")
+    assert card.data.size_categories == ["n<1K"]
+    assert f"| {counts['kept']:,} |" in card.text
+    for figure in ("tags_per_image.png", "class_balance.png"):
+        assert f"figures/{figure}" in card.text
+        assert (tmp_path / "out/figures" / figure).read_bytes().startswith(b"\x89PNG")
+    assert {config["config_name"] for config in card.data.configs} == {"default", "unlabeled"}
+
+
+def test_the_card_of_nus_wide_has_its_licence_source_and_citation(
+    tmp_path, run_script, small_nus_wide
+):
+    from huggingface_hub import DatasetCard
+
+    arguments = (small_nus_wide, tmp_path / "out", "--no_images")
+    assert run_script("prepare_nus_wide", *arguments).status == 0
+    card = DatasetCard.load(tmp_path / "out/README.md")
+    assert card.data.license == "other"
+    assert "nuswide" in card.data.license_link
+    assert "chua2009nuswide" in card.text
+    assert "`image`" not in card.text
+
+
+def test_nothing_here_imports_torch_or_the_model():
+    code = (
+        "import prepare_command, tag_table, nus_wide, drawn_scenes, sys;"
+        "print([m for m in ('torch', 'transformers', 'modeling_magneto', 'magneto_training')"
+        " if m in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "[]"
