@@ -112,8 +112,7 @@ def _card_data(folder: Path, text: CardText, counts: dict, with_images: bool) ->
         {
             "config_name": config,
             "data_files": [
-                {"split": split, "path": f"{SHARD_STEMS[ours]}-*.parquet"}
-                for split, ours in splits.items()
+                {"split": split, "path": f"{SHARD_STEMS[ours]}-*.parquet"} for split, ours in splits.items()
             ],
         }
         for config, splits in configs.items()
@@ -204,7 +203,8 @@ def _body(text: CardText, counts: dict, statistics: Statistics, short_side: int 
     images = sum(statistics.per_image["tags"].values())
     num_tags = len(statistics.per_tag["tags"])
     shown = f"The {TAGS_IN_FIGURE} most frequent of the" if num_tags > TAGS_IN_FIGURE else "The"
-    return f"""# {text.name}
+    return (
+        f"""# {text.name}
 
 {text.introduction}
 
@@ -243,7 +243,9 @@ vocabulary of {num_tags:,}; {important:,} of them ({important / tags:.1%}) are i
 
 ![Class balance](figures/class_balance.png)
 
-{text.ending}""".rstrip() + "\n"
+{text.ending}""".rstrip()
+        + "\n"
+    )
 
 
 def _show(value: float) -> str:

@@ -64,9 +64,7 @@ def plan_scene(random: Random) -> Scene:
     Args:
         random: the source of chance; the scene is a function of its state.
     """
-    concepts = [
-        random.choice(group) for group in (SKIES, BACKGROUNDS, GROUNDS) if random.random() < 0.42
-    ]
+    concepts = [random.choice(group) for group in (SKIES, BACKGROUNDS, GROUNDS) if random.random() < 0.42]
     # The picture has room for two large things in the air and three on the ground.
     floating = [name for name in FLOATING if name != ("sun" if "nighttime" in concepts else "moon")]
     concepts += random.sample(floating, random.choices((0, 1, 2), (0.35, 0.45, 0.2))[0])
@@ -123,13 +121,9 @@ class Pen:
         """Fills an ellipse that stands on (x, y)."""
         self.draw.ellipse(self._box(x, y, width, height), fill=colour)
 
-    def box(
-        self, x: float, y: float, width: float, height: float, colour: Colour, radius: float = 0.0
-    ) -> None:
+    def box(self, x: float, y: float, width: float, height: float, colour: Colour, radius: float = 0.0) -> None:
         """Fills a rectangle that stands on (x, y), its corners rounded by `radius` units."""
-        self.draw.rounded_rectangle(
-            self._box(x, y, width, height), radius=radius * self.size, fill=colour
-        )
+        self.draw.rounded_rectangle(self._box(x, y, width, height), radius=radius * self.size, fill=colour)
 
     def shape(self, points: list[tuple[float, float]], colour: Colour) -> None:
         """Fills a polygon."""
@@ -236,18 +230,13 @@ BACKDROPS: tuple[tuple[Colour, Colour], ...] = (
 
 def _gradient(width: int, height: int, top: Colour, bottom: Colour) -> Image.Image:
     mask = Image.linear_gradient("L").resize((width, height))  # black at the top, white below
-    return Image.composite(
-        Image.new("RGB", (width, height), bottom), Image.new("RGB", (width, height), top), mask
-    )
+    return Image.composite(Image.new("RGB", (width, height), bottom), Image.new("RGB", (width, height), top), mask)
 
 
 def _vary(colour: Colour, random: Random, amount: int = 14) -> Colour:
     """The same colour, a little lighter, darker or warmer."""
     shift = random.randint(-amount, amount)
-    return tuple(
-        min(255, max(0, channel + shift + random.randint(-amount // 2, amount // 2)))
-        for channel in colour
-    )
+    return tuple(min(255, max(0, channel + shift + random.randint(-amount // 2, amount // 2))) for channel in colour)
 
 
 def _shade(colour: Colour, factor: float) -> Colour:
@@ -256,12 +245,8 @@ def _shade(colour: Colour, factor: float) -> Colour:
 
 def _paint_sky(name: str, width: int, height: int, random: Random) -> Image.Image:
     top, bottom = {
-        "sky": random.choice(
-            [((58, 132, 226), (170, 214, 248)), ((84, 160, 236), (200, 228, 250))]
-        ),
-        "sunset": random.choice(
-            [((122, 58, 132), (252, 150, 72)), ((196, 72, 84), (255, 190, 92))]
-        ),
+        "sky": random.choice([((58, 132, 226), (170, 214, 248)), ((84, 160, 236), (200, 228, 250))]),
+        "sunset": random.choice([((122, 58, 132), (252, 150, 72)), ((196, 72, 84), (255, 190, 92))]),
         "nighttime": random.choice([((8, 12, 42), (36, 44, 96)), ((14, 8, 40), (52, 40, 98))]),
     }[name]
     band = _gradient(width, height, _vary(top, random), _vary(bottom, random))
@@ -291,9 +276,7 @@ def _paint_window(canvas: Image.Image, sky: str, random: Random) -> None:
     draw.rectangle([x + size // 2 - 1, y, x + size // 2 + 1, y + size], fill=(250, 248, 244))
 
 
-def _paint_background(
-    canvas: Image.Image, name: str, foot: int, height: float, random: Random
-) -> None:
+def _paint_background(canvas: Image.Image, name: str, foot: int, height: float, random: Random) -> None:
     side = canvas.width
     if name == "mountain":
         colour = _vary(random.choice([(108, 96, 140), (98, 104, 148), (118, 100, 128)]), random)
@@ -373,9 +356,7 @@ def _paint_ground(name: str, width: int, height: int, random: Random) -> Image.I
 # -------------------------------------------------------------------------------------- things
 
 
-def _place_floating(
-    canvas: Image.Image, names: list[str], shown: dict[str, str], random: Random
-) -> None:
+def _place_floating(canvas: Image.Image, names: list[str], shown: dict[str, str], random: Random) -> None:
     side = canvas.width
     large = [name for name in names if shown[name] == LARGE]
     places = [0.5] if len(large) == 1 else [0.27, 0.73]
@@ -424,9 +405,7 @@ def _sun(pen: Pen, random: Random) -> None:
     for index in range(12):
         angle = index * math.pi / 6
         side, up = math.sin(angle), math.cos(angle)
-        pen.stroke(
-            [(0.34 * side, 0.5 + 0.34 * up), (0.49 * side, 0.5 + 0.49 * up)], 0.06, (255, 206, 40)
-        )
+        pen.stroke([(0.34 * side, 0.5 + 0.34 * up), (0.49 * side, 0.5 + 0.49 * up)], 0.06, (255, 206, 40))
     pen.oval(0, 0.19, 0.62, 0.62, (255, 206, 40))
     pen.oval(0, 0.23, 0.54, 0.54, (255, 228, 86))
 

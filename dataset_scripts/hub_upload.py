@@ -17,9 +17,7 @@ def check_upload(repo_id: str) -> None:
         validate_repo_id(repo_id)
         HfApi().whoami()
     except Exception as error:  # the Hub's, the network library's, or a missing login
-        raise InputError(
-            f"--push_to_hub {repo_id}: {_one_line(error)} (to log in: hf auth login)"
-        ) from error
+        raise InputError(f"--push_to_hub {repo_id}: {_one_line(error)} (to log in: hf auth login)") from error
 
 
 def upload_dataset(folder: Path, repo_id: str) -> str:

@@ -22,9 +22,7 @@ TEST_SHARE = 0.25
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
-    parser.add_argument(
-        "--num_images", type=int, default=4000, help="pictures; the filter keeps about 3 of 4"
-    )
+    parser.add_argument("--num_images", type=int, default=4000, help="pictures; the filter keeps about 3 of 4")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures")
     args = parser.parse_args()
     if args.num_images < 1:
@@ -84,8 +82,7 @@ def write_lists(out: Path, scenes: dict[str, tuple[int, Scene]], random: Random)
         (out / f"ImageList/{name}.txt").write_text("".join(chosen), newline="")
 
     rows = [
-        " ".join("1" if concept in scene.tags else "0" for concept in CONCEPTS) + " \n"
-        for _, scene in scenes.values()
+        " ".join("1" if concept in scene.tags else "0" for concept in CONCEPTS) + " \n" for _, scene in scenes.values()
     ]
     (out / "NUS_WID_Tags/AllTags81.txt").write_text("".join(rows))
     for concept in CONCEPTS:
@@ -101,9 +98,7 @@ def draw_photographs(out: Path, scenes: dict[str, tuple[int, Scene]], seed: int)
     numbers, planned = zip(*scenes.values(), strict=True)
     with ProcessPoolExecutor() as pool:
         photographs = pool.map(partial(draw_jpeg, seed), numbers, planned, chunksize=16)
-        for path, jpeg in zip(
-            scenes, tqdm(photographs, "drawing", len(scenes), unit="image"), strict=True
-        ):
+        for path, jpeg in zip(scenes, tqdm(photographs, "drawing", len(scenes), unit="image"), strict=True):
             (out / "Flickr" / path).write_bytes(jpeg)
 
 

@@ -92,9 +92,7 @@ class TextFile:
         found = re.search(rb"[^\t\r\n\x20-\x7e]", data)
         if found:
             line = data.count(b"\n", 0, found.start()) + 1
-            raise InputError(
-                f"{self.name}, line {line}: byte 0x{found[0].hex()}, expected plain ASCII text"
-            )
+            raise InputError(f"{self.name}, line {line}: byte 0x{found[0].hex()}, expected plain ASCII text")
 
     def flags(
         self, columns: tuple[str, ...], rows: int, like: str, correction: tuple[bytes, bytes] = ()
@@ -139,14 +137,9 @@ class TextFile:
             values = line.split()
             for column, value in zip(columns, values, strict=False):
                 if value not in ("0", "1"):
-                    return InputError(
-                        f"{self.name}, line {number}, {column}: "
-                        f"found {value[:40]!r}, expected 0 or 1"
-                    )
+                    return InputError(f"{self.name}, line {number}, {column}: found {value[:40]!r}, expected 0 or 1")
             if len(values) != len(columns):
-                return InputError(
-                    f"{self.name}, line {number}: {len(values)} values, expected {len(columns)}"
-                )
+                return InputError(f"{self.name}, line {number}: {len(values)} values, expected {len(columns)}")
         raise AssertionError(f"{self.name} is regular")
 
 
@@ -215,8 +208,7 @@ class NusWideFolder:
                 missing.setdefault(download, []).append(name)
         if missing:
             parts = ", ".join(
-                f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} "
-                f"(usually from {download})"
+                f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} (usually from {download})"
                 for download, names in missing.items()
             )
             damaged = f"; damaged: {', '.join(self._damaged_zips)}" if self._damaged_zips else ""
@@ -269,19 +261,15 @@ def read_nus_wide(folder: NusWideFolder) -> NusWide:
     _check_concepts(folder.file("Concepts81.txt"))
     image_list = folder.file("Imagelist.txt")
     images = _read_image_list(image_list)
-    first_row: dict[str, int] = {}
+    rows_of: dict[str, list[int]] = {}
     for row, path in enumerate(images):
-        first_row.setdefault(path, row)
-    lists = {
-        split: _find_listed(folder.file(f"{split}Imagelist.txt"), first_row)
-        for split in ("Train", "Test")
-    }
-    listed = set(lists["Train"].tolist()) | set(lists["Test"].tolist())
+        rows_of.setdefault(path, []).append(row)
+    lists = {split: _find_listed(folder.file(f"{split}Imagelist.txt"), rows_of) for split in ("Train", "Test")}
+    listed = {images[row] for rows in lists.values() for row in rows}
     for row, path in enumerate(images):
-        if first_row[path] not in listed:
+        if path not in listed:
             raise InputError(
-                f"{image_list.name}, line {row + 1}: {path} is neither in TrainImagelist.txt "
-                "nor in TestImagelist.txt"
+                f"{image_list.name}, line {row + 1}: {path} is neither in TrainImagelist.txt nor in TestImagelist.txt"
             )
 
     tags = folder.file("AllTags81.txt").flags(CONCEPTS, len(images), "Imagelist.txt")
@@ -352,26 +340,29 @@ def _read_image_list(file: TextFile) -> list[str]:
     return paths
 
 
-def _find_listed(file: TextFile, first_row: dict[str, int]) -> np.ndarray:
+def _find_listed(file: TextFile, rows_of: dict[str, list[int]]) -> np.ndarray:
     """The rows of Imagelist.txt that TrainImagelist.txt or TestImagelist.txt names, int (lines,).
 
     Args:
         file: the list.
-        first_row: path -> its first row in Imagelist.txt.
+        rows_of: path -> its rows in Imagelist.txt; usually one.
     """
     rows = []
+    previous = -1
     for number, path in enumerate(_read_image_list(file), 1):
-        row = first_row.get(path)
-        if row is None:
+        candidates = rows_of.get(path)
+        if candidates is None:
             raise InputError(f"{file.name}, line {number}: {path} is not in Imagelist.txt")
+        row = next((row for row in candidates if row > previous), candidates[0])
         # Tags and labels belong to images by their line alone. Were the lists of different order,
         # then one of them has been sorted or shuffled, and nobody knows which.
-        if rows and row < rows[-1]:
+        if row < previous and len(candidates) == 1:
             raise InputError(
                 f"{file.name}, line {number}: {path} comes earlier in Imagelist.txt than the line "
                 "before it; expected both lists in the same order"
             )
         rows.append(row)
+        previous = max(previous, row)
     return np.array(rows, int)
 
 
@@ -435,17 +426,14 @@ def select(data: NusWide) -> Selection:
         "photo_ids_listed_twice": len(ids) - len(set(ids)),
         "photo_ids_in_both_lists": len(train_ids & test_ids),
         "notes": [
-            "A photo id that is listed twice is kept once; one that is in both official lists "
-            "is kept in test alone.",
+            "A photo id that is listed twice is kept once; one that is in both official lists is kept in test alone.",
             *data.notes,
         ],
     }
     return Selection(rows, counts)
 
 
-def selected_items(
-    data: NusWide, selection: Selection, photographs: dict[str, str]
-) -> Iterator[Item]:
+def selected_items(data: NusWide, selection: Selection, photographs: dict[str, str]) -> Iterator[Item]:
     """The selected rows with their tags by name, split after split.
 
     Args:

@@ -179,9 +179,7 @@ class DatasetWriter:
             reason = "the filter kept none"
             if faults:
                 _, item_id, path, fault = faults[0]
-                reason = (
-                    f"{len(faults):,} photographs are unusable, first {item_id} {path}: {fault}"
-                )
+                reason = f"{len(faults):,} photographs are unusable, first {item_id} {path}: {fault}"
             raise InputError(f"no row is left for the train split: {reason}")
         return {
             "missing_images": kinds["missing"],
@@ -204,9 +202,7 @@ class DatasetWriter:
 
     def _fingerprint(self) -> str:
         """A digest of all that decides the bytes of the dataset."""
-        digest = hashlib.sha256(
-            repr((pa.__version__, PIL.__version__, self._short_side, self._root)).encode()
-        )
+        digest = hashlib.sha256(repr((pa.__version__, PIL.__version__, self._short_side, self._root)).encode())
         for split in SHARD_STEMS:
             with self._plan.path(split).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -226,9 +222,7 @@ class DatasetWriter:
     def _write_split(self, split: str, bar: tqdm) -> None:
         """Writes the shards of one split that are not there yet."""
         schema = features(with_images=self._root is not None).arrow_schema
-        rows_per_group = (
-            ROWS_PER_GROUP_WITHOUT if self._root is None else ROWS_PER_GROUP_WITH_IMAGES
-        )
+        rows_per_group = ROWS_PER_GROUP_WITHOUT if self._root is None else ROWS_PER_GROUP_WITH_IMAGES
         number, position = self._progress.finished_shards(split)
         bar.update(position)
 
@@ -267,9 +261,7 @@ class DatasetWriter:
         with ThreadPoolExecutor(workers) as pool:
             while True:
                 for row in islice(rows, 16 * workers - len(ahead)):
-                    job = pool.submit(
-                        encode_photograph, self._root, row["photograph"], self._short_side
-                    )
+                    job = pool.submit(encode_photograph, self._root, row["photograph"], self._short_side)
                     ahead.append((row, job))
                 if not ahead:
                     return
@@ -304,9 +296,7 @@ class Plan:
         folder.mkdir()
         self._folder = folder
         self._rows: dict[str, list[dict]] = {split: [] for split in SHARD_STEMS}
-        self._writers = {
-            split: pq.ParquetWriter(self.path(split), PLAN_SCHEMA) for split in SHARD_STEMS
-        }
+        self._writers = {split: pq.ParquetWriter(self.path(split), PLAN_SCHEMA) for split in SHARD_STEMS}
 
     def path(self, split: str) -> Path:
         """The file that holds the rows of a split."""
@@ -404,8 +394,7 @@ class Progress:
             for table in (
                 "input (fingerprint TEXT)",
                 "shards (split TEXT, number INTEGER, position INTEGER)",
-                "photographs (split TEXT, position INTEGER, jpeg BLOB,"
-                " PRIMARY KEY (split, position))",
+                "photographs (split TEXT, position INTEGER, jpeg BLOB, PRIMARY KEY (split, position))",
                 "faults (split TEXT, item_id TEXT, path TEXT, why TEXT)",
             ):
                 self._database.execute(f"CREATE TABLE IF NOT EXISTS {table}")
@@ -447,9 +436,7 @@ class Progress:
     def finish_shard(self, split: str, number: int, position: int) -> None:
         """Records that a shard is finished, and that it ends before row `position` of the plan."""
         self._database.execute("INSERT INTO shards VALUES (?, ?, ?)", (split, number, position))
-        self._database.execute(
-            "DELETE FROM photographs WHERE split = ? AND position < ?", (split, position)
-        )
+        self._database.execute("DELETE FROM photographs WHERE split = ? AND position < ?", (split, position))
         self._commit()
 
     def photographs(self, split: str, position: int) -> Iterator[bytes]:

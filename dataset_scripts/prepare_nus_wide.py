@@ -85,9 +85,7 @@ off by the edge, or not in the picture at all; the tags alone do not tell. Prepa
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "nus_wide_dir", metavar="NUS_WIDE_DIR", type=Path, help="the downloads, unpacked or zipped"
-    )
+    parser.add_argument("nus_wide_dir", metavar="NUS_WIDE_DIR", type=Path, help="the downloads, unpacked or zipped")
     add_output_arguments(parser)
     return run(prepare, parser.parse_args())
 

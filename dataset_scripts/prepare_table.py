@@ -26,9 +26,7 @@ STEPS = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", metavar="TABLE", type=Path, help=".csv, .tsv, .jsonl or .parquet")
-    parser.add_argument(
-        "image_dir", metavar="IMAGE_DIR", type=Path, help="photographs; none may lie outside"
-    )
+    parser.add_argument("image_dir", metavar="IMAGE_DIR", type=Path, help="photographs; none may lie outside")
     add_output_arguments(parser)
     default = TableFormat()
     for field, meaning in {

@@ -167,9 +167,7 @@ class TagTable:
         if isinstance(value, str):
             value = value.split(self._layout.tag_separator)
         if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
-            raise InputError(
-                f"{name}, {column}: found {_short(value)}, expected a list of tags or a string"
-            )
+            raise InputError(f"{name}, {column}: found {_short(value)}, expected a list of tags or a string")
         return list(dict.fromkeys(tag for tag in map(str.strip, value) if tag))
 
     def _wide_tags(self, name: str, row: dict, column: str) -> list[str]:
@@ -189,10 +187,7 @@ class TagTable:
         if column is None:
             return None
         if row.get(column) not in SPLITS:
-            raise InputError(
-                f"{name}, {column}: found {_short(row.get(column))}, "
-                f"expected one of {', '.join(SPLITS)}"
-            )
+            raise InputError(f"{name}, {column}: found {_short(row.get(column))}, expected one of {', '.join(SPLITS)}")
         return row[column]
 
     def _photograph(self, name: str, row: dict, item_id: str) -> str | None:
@@ -212,9 +207,7 @@ class TagTable:
         # A table may come from a stranger, and what it names ends up in a published dataset.
         path = candidates[0]
         if re.match(r"[\\/]|[A-Za-z]:", path) or ".." in re.split(r"[\\/]", path):
-            raise InputError(
-                f"{name}, {column}: found {_short(path)}, expected a path inside {self._image_dir}"
-            )
+            raise InputError(f"{name}, {column}: found {_short(path)}, expected a path inside {self._image_dir}")
         for candidate in candidates:
             if "\0" not in candidate and os.path.exists(self._image_dir / candidate):
                 return candidate
@@ -231,9 +224,7 @@ class TagTable:
                     self._check_columns(row)
                 yield f"{self._path.name}, row {number:,}", row
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{self._path.name}, after row {number:,}: {error}; expected UTF-8 text"
-            ) from error
+            raise InputError(f"{self._path.name}, after row {number:,}: {error}; expected UTF-8 text") from error
         except (csv.Error, pa.ArrowException, OSError) as error:
             message = " ".join(str(error).split())
             raise InputError(f"{self._path.name}, after row {number:,}: {message}") from error
@@ -289,13 +280,10 @@ class TagTable:
                     if "\\u" in line:
                         json.dumps(row, ensure_ascii=False).encode()
                 except (ValueError, RecursionError) as error:
-                    raise InputError(
-                        f"{self._path.name}, line {line_number:,}: not JSON ({error})"
-                    ) from error
+                    raise InputError(f"{self._path.name}, line {line_number:,}: not JSON ({error})") from error
                 if not isinstance(row, dict):
                     raise InputError(
-                        f"{self._path.name}, line {line_number:,}: "
-                        f"found {_short(row)}, expected an object"
+                        f"{self._path.name}, line {line_number:,}: found {_short(row)}, expected an object"
                     )
                 yield number, row
 
@@ -310,11 +298,7 @@ class TagTable:
                 layout.image_column,
                 layout.split_column,
             }
-            columns = [
-                name
-                for name in file.schema_arrow.names
-                if name in named or name.startswith(prefixes)
-            ]
+            columns = [name for name in file.schema_arrow.names if name in named or name.startswith(prefixes)]
             number = 0
             for batch in file.iter_batches(batch_size=1_000, columns=columns):
                 for row in batch.to_pylist():

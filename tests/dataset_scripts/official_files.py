@@ -25,9 +25,7 @@ def write_official_files(folder: Path, rows: list[Row]) -> Path:
         path = folder / f"ImageList/{name or 'I'}magelist.txt"
         path.write_text("".join(lines), newline="")
     table = [[str(int(concept in row.tags.split())) for concept in CONCEPTS] for row in rows]
-    (folder / "NUS_WID_Tags/AllTags81.txt").write_text(
-        "".join(" ".join(values) + " \n" for values in table)
-    )
+    (folder / "NUS_WID_Tags/AllTags81.txt").write_text("".join(" ".join(values) + " \n" for values in table))
     for concept in CONCEPTS:
         (folder / f"Groundtruth/AllLabels/Labels_{concept}.txt").write_text(
             "".join(f"{int(concept in row.truth.split())}\n" for row in rows)

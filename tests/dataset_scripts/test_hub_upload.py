@@ -45,9 +45,7 @@ first = next(iter(stream))
 assert first["image"].size == (96, 96) and first["item_id"] == rows["train"][0]["item_id"]
 print(*[len(rows[split]) for split in ("train", "validation", "test")], len(unlabeled))
 """
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True
-    )
+    loaded = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr
     counts = json.loads((out / "counts.json").read_text())["splits"]
     assert loaded.stdout.split() == [str(count) for count in counts.values()]

@@ -166,9 +166,7 @@ def test_random_damage_is_an_error_line_or_harmless(small_nus_wide):
         "flip": lambda data: flip(data, chance.randrange(len(data)), chance.randrange(1, 256)),
         "repeat a line": lambda data: data + data.splitlines(keepends=True)[0],
         "drop a line": lambda data: b"".join(data.splitlines(keepends=True)[1:]),
-        "shuffle": lambda data: b"".join(
-            sorted(data.splitlines(keepends=True), key=lambda _: chance.random())
-        ),
+        "shuffle": lambda data: b"".join(sorted(data.splitlines(keepends=True), key=lambda _: chance.random())),
         "photograph": lambda data: b"\xff\xd8\xff\xe0" + chance.randbytes(100),
     }
     errors = 0

@@ -25,9 +25,7 @@ def ids(rows: list[dict]) -> set[str]:
     return {row["item_id"] for row in rows}
 
 
-@pytest.mark.skipif(
-    "NUS_WIDE_SUBSET_DIR" not in os.environ, reason="NUS_WIDE_SUBSET_DIR is not set"
-)
+@pytest.mark.skipif("NUS_WIDE_SUBSET_DIR" not in os.environ, reason="NUS_WIDE_SUBSET_DIR is not set")
 def test_the_real_subset_gives_the_counts_of_its_readme(tmp_path, run_script):
     source = Path(os.environ["NUS_WIDE_SUBSET_DIR"])
     counts, splits = prepared(run_script, source, tmp_path / "out")
@@ -54,17 +52,14 @@ def test_the_real_subset_gives_the_counts_of_its_readme(tmp_path, run_script):
 def test_the_drawn_sample_gives_exact_counts(tmp_path, run_script, sample):
     counts, _ = prepared(run_script, sample, tmp_path / "out")
     tags = (sample / "NUS_WID_Tags/AllTags81.txt").read_text().splitlines()
-    labels = [
-        path.read_text().split() for path in sorted((sample / "Groundtruth/AllLabels").iterdir())
-    ]
+    labels = [path.read_text().split() for path in sorted((sample / "Groundtruth/AllLabels").iterdir())]
     tags = [line.split() for line in tags]
     truth = list(zip(*labels, strict=True))
     with_tags = [i for i in range(400) if "1" in tags[i]]
     kept = [
         i
         for i in with_tags
-        if "1" in truth[i]
-        and all(t == "1" for t, g in zip(tags[i], truth[i], strict=True) if g == "1")
+        if "1" in truth[i] and all(t == "1" for t, g in zip(tags[i], truth[i], strict=True) if g == "1")
     ]
     assert (counts["rows"], counts["with_tags"], counts["kept"]) == (400, len(with_tags), len(kept))
     ratios = [truth[i].count("1") / tags[i].count("1") for i in kept]
@@ -108,6 +103,18 @@ def test_a_repeated_photo_id_is_kept_once_and_in_test(tmp_path, run_script):
     assert "kept once" in counts["notes"][0]
 
 
+def test_a_path_that_is_listed_twice_is_one_of_each_list(tmp_path, run_script):
+    rows = [Row(f"a/000{i}_{i}.jpg", "sky", "sky") for i in range(1, 5)]
+    rows += [Row("a/0001_1.jpg", "sky", "sky", "Test"), Row("a/0002_2.jpg", "sky", "sky")]
+    rows += [Row("a/0005_5.jpg", "sky", "sky"), Row("a/0006_6.jpg", "sky", "sky", "Test")]
+    rows += [Row("a/0007_7.jpg", "sky", "")]
+    source = write_official_files(tmp_path / "nus_wide", rows)
+    counts, splits = prepared(run_script, source, tmp_path / "out")
+    assert (counts["covered"], counts["kept"]) == (8, 6)
+    assert (counts["kept_in_train_list"], counts["kept_in_test_list"]) == (6, 2)
+    assert ids(splits["test"]) == {"1", "6"}
+
+
 def test_zip_files_as_downloaded_are_read_like_folders(tmp_path, run_script, small_nus_wide):
     zipped = tmp_path / "downloads" / "deeper"
     zipped.mkdir(parents=True)
@@ -142,9 +149,7 @@ def test_the_known_bad_value_of_the_lake_labels_is_explained(tmp_path, run_scrip
     assert any("-1130179" in note for note in notes)
 
 
-def test_train_labels_that_disagree_are_named_with_line_and_value(
-    tmp_path, run_script, small_nus_wide
-):
+def test_train_labels_that_disagree_are_named_with_line_and_value(tmp_path, run_script, small_nus_wide):
     folder = small_nus_wide / "Groundtruth/TrainTestLabels"
     folder.mkdir()
     (folder / "Labels_sun_Test.txt").write_text("1\n1\n0\n1\n1\n")
@@ -153,9 +158,7 @@ def test_train_labels_that_disagree_are_named_with_line_and_value(
     assert "Labels_sun_Test.txt, line 3: 0, but AllLabels/Labels_sun.txt has 1" in outcome.error
 
 
-def test_the_validation_split_is_the_same_with_and_without_photographs(
-    tmp_path, run_script, sample
-):
+def test_the_validation_split_is_the_same_with_and_without_photographs(tmp_path, run_script, sample):
     _, splits = prepared(run_script, sample, tmp_path / "tags")
     assert run_script("prepare_nus_wide", sample, tmp_path / "images").status == 0
     images = datasets.load_dataset(str(tmp_path / "images"), cache_dir=str(tmp_path / "cache2"))

@@ -57,9 +57,7 @@ def test_a_second_run_gives_the_same_bytes(tmp_path, run_script, sample, small_s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_an_interrupted_run_goes_on_where_it_was(
-    tmp_path, run_script, sample, small_shards, count_photographs
-):
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, run_script, sample, small_shards, count_photographs):
     assert run_script("prepare_nus_wide", sample, tmp_path / "whole").status == 0
     total = len(count_photographs.calls)
     for limit in (40, 170):
@@ -101,9 +99,7 @@ runpy.run_path({str(SCRIPTS / "prepare_nus_wide.py")!r}, run_name="__main__")
     assert same_files(tmp_path / "whole", tmp_path / "out")
 
 
-def test_progress_on_other_options_is_not_used(
-    tmp_path, run_script, sample, small_shards, count_photographs
-):
+def test_progress_on_other_options_is_not_used(tmp_path, run_script, sample, small_shards, count_photographs):
     count_photographs.limit = 170
     assert run_script("prepare_nus_wide", sample, tmp_path / "out").status == 130
     count_photographs.limit = None
@@ -151,9 +147,7 @@ def test_load_dataset_reads_and_streams_all_splits(tmp_path, run_script, sample,
             expected = counts["unlabeled" if config == "unlabeled" else split]
             assert len(loaded[split]) == expected
             assert isinstance(loaded[split].features["image"], datasets.Image)
-            streamed = datasets.load_dataset(
-                str(tmp_path / "out"), config, split=split, streaming=True
-            )
+            streamed = datasets.load_dataset(str(tmp_path / "out"), config, split=split, streaming=True)
             rows = list(streamed)
             assert [row["item_id"] for row in rows] == loaded[split]["item_id"][:]
             assert rows[0]["image"].mode == "RGB"
@@ -177,9 +171,7 @@ def test_the_card_tells_the_counts_and_shows_the_figures(tmp_path, run_script, s
     assert {config["config_name"] for config in card.data.configs} == {"default", "unlabeled"}
 
 
-def test_the_card_of_nus_wide_has_its_licence_source_and_citation(
-    tmp_path, run_script, small_nus_wide
-):
+def test_the_card_of_nus_wide_has_its_licence_source_and_citation(tmp_path, run_script, small_nus_wide):
     from huggingface_hub import DatasetCard
 
     arguments = (small_nus_wide, tmp_path / "out", "--no_images")
@@ -198,7 +190,5 @@ def test_nothing_here_imports_torch_or_the_model():
         " if m in sys.modules])"
     )
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

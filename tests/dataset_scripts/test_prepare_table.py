@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 ROWS = [
-    {"item_id": f"{i:02d}", "tags": ["red car", "été", f"t{i % 3}"], "important_tags": ["red car"]}
-    for i in range(20)
+    {"item_id": f"{i:02d}", "tags": ["red car", "été", f"t{i % 3}"], "important_tags": ["red car"]} for i in range(20)
 ] + [
     {"item_id": "20", "tags": ["sky"], "important_tags": []},  # unlabeled
     {"item_id": "21", "tags": ["sky"], "important_tags": ["sky", "sea"]},  # not covered
