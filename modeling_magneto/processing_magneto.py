@@ -156,7 +156,7 @@ class MagnetoProcessor(ProcessorMixin):
             raise ValueError(f"tags[{index}]: {error}") from None
 
     def _pixel_values(self, images: ImageInput | None, expected: int, images_kwargs: dict) -> torch.Tensor:
-        if images is None:
+        if images is None or (isinstance(images, (list, tuple)) and any(image is None for image in images)):
             raise ValueError("images is missing: this model needs one photograph for each list of tags")
         images = make_flat_list_of_images(self.image_processor.fetch_images(images))
         if len(images) != expected:
