@@ -51,10 +51,10 @@ def run_script(monkeypatch):
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
-    """A drawn sample of 400 pictures."""
+    """A drawn sample of 240 pictures."""
     out = tmp_path_factory.mktemp("sample") / "nus_wide"
     script = SCRIPTS / "make_sample.py"
-    command = [sys.executable, script, out, "--num_images", "400", "--seed", "7"]
+    command = [sys.executable, script, out, "--num_images", "240", "--seed", "7"]
     subprocess.run(command, check=True, capture_output=True)
     return out
 

@@ -55,13 +55,13 @@ def test_the_drawn_sample_gives_exact_counts(tmp_path, run_script, sample):
     labels = [path.read_text().split() for path in sorted((sample / "Groundtruth/AllLabels").iterdir())]
     tags = [line.split() for line in tags]
     truth = list(zip(*labels, strict=True))
-    with_tags = [i for i in range(400) if "1" in tags[i]]
+    with_tags = [i for i in range(240) if "1" in tags[i]]
     kept = [
         i
         for i in with_tags
         if "1" in truth[i] and all(t == "1" for t, g in zip(tags[i], truth[i], strict=True) if g == "1")
     ]
-    assert (counts["rows"], counts["with_tags"], counts["kept"]) == (400, len(with_tags), len(kept))
+    assert (counts["rows"], counts["with_tags"], counts["kept"]) == (240, len(with_tags), len(kept))
     ratios = [truth[i].count("1") / tags[i].count("1") for i in kept]
     assert counts["mean_important_ratio"] == pytest.approx(sum(ratios) / len(ratios), abs=1e-6)
 
