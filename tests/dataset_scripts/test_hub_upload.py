@@ -63,22 +63,15 @@ def test_shards_of_an_earlier_upload_do_not_stay(tmp_path, hub, small_nus_wide):
     assert hub.files("user/x", "dataset") == files
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"HF_TOKEN": "hf_wrong"}, "hf auth login"),
-        ({"HF_HUB_OFFLINE": "1"}, "hf auth login"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "hf auth login"),
-    ],
-)
-def test_without_a_login_nothing_is_begun(tmp_path, hub, small_nus_wide, change, expected):
+@pytest.mark.parametrize("change", [{"HF_TOKEN": "hf_wrong"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_without_a_login_nothing_is_begun(tmp_path, hub, small_nus_wide, change):
     environment = hub.environment(tmp_path / "home") | change
     arguments = (small_nus_wide, tmp_path / "out", "--no_images", "--push_to_hub", "user/x")
     ran = prepare(environment, *arguments)
     assert ran.returncode == 1
     assert ran.stderr.count("\n") == 1
     assert ran.stderr.startswith("error: --push_to_hub user/x: ")
-    assert expected in ran.stderr
+    assert "hf auth login" in ran.stderr
     assert not (tmp_path / "out").exists()
 
 
