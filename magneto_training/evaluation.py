@@ -112,6 +112,17 @@ def write_metrics(path: Path, metrics: dict) -> None:
     partial.replace(path)
 
 
+def _read_metrics(path: Path) -> dict[str, float]:
+    """The metrics of one split, as `predict.py` writes them; null is nan again."""
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the metrics file {path} cannot be read: {error}") from None
+    if not isinstance(figures, dict) or not {"f1", "keep_all_f1"} <= figures.keys():
+        raise UserError(f"{path} does not hold the metrics of one split, expected a file that predict.py has written")
+    return {name: math.nan if value is None else value for name, value in figures.items()}
+
+
 def _without_nan(value):
     if isinstance(value, dict):
         return {name: _without_nan(item) for name, item in value.items()}
@@ -128,10 +139,7 @@ def main() -> None:
     with user_errors_in_one_line("evaluation"):
         if not files:
             raise UsageError("no metrics file given, expected at least one")
-        try:
-            metrics = {path.name.removesuffix(".metrics.json"): json.loads(path.read_text()) for path in files}
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"a metrics file cannot be read: {error}") from None
+        metrics = {path.name.removesuffix(".metrics.json"): _read_metrics(path) for path in files}
         print(format_metrics(metrics))
 
 

@@ -4,6 +4,7 @@ Rows are `{item_id, image, tags, important_tags}`. Whatever `load_dataset` takes
 checked once, and `TagCollator` turns rows into the model's tensors.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -70,11 +71,16 @@ def load_tag_dataset(dataset_name: str, dataset_config_name: str | None = None) 
     except DataError:
         raise
     except Exception as error:  # datasets raises errors of many libraries; the user wants to know which dataset
-        reason = " ".join(str(error).split())
-        raise DataError(f"the dataset {dataset_name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
-    folders = sorted({path.parent for paths in tables.values() for path in paths})
+        cause = error.__cause__ or error  # "An error occurred" says nothing; what it came from does
+        reason = " ".join(str(cause).split())
+        raise DataError(f"the dataset {dataset_name!r} cannot be loaded: {type(cause).__name__}: {reason}") from error
+    folders = {split: sorted({path.parent for path in paths}) for split, paths in tables.items()}
+    elsewhere = [folder] if folder.is_dir() else []  # Parquet tables whose images are paths
     return DatasetDict(
-        {name: _with_standard_columns(split, f"{dataset_name}, {name}", folders) for name, split in splits.items()}
+        {
+            name: _with_standard_columns(split, f"{dataset_name}, {name}", folders.get(name, elsewhere))
+            for name, split in splits.items()
+        }
     )
 
 
@@ -108,7 +114,11 @@ def _with_standard_columns(dataset: Dataset, where: str, table_folders: Sequence
         dataset = dataset.map(
             _parse_table_rows,
             batched=True,
-            fn_kwargs={"text_columns": text_columns, "folders": list(map(str, table_folders)) if paths else None},
+            fn_kwargs={
+                "text_columns": text_columns,
+                "folders": list(map(str, table_folders)) if paths else None,
+                "state": _state_of_files(table_folders) if paths else None,
+            },
             desc=f"Reading {where}",
         )
     for name, feature in (
@@ -129,7 +139,15 @@ def _is_text(feature) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def _parse_table_rows(rows: dict, text_columns: list[str], folders: list[str] | None) -> dict:
+def _state_of_files(folders: Sequence[Path]) -> str:
+    """A digest that changes with any file below the folders."""
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(states).encode()).hexdigest()
+
+
+def _parse_table_rows(rows: dict, text_columns: list[str], folders: list[str] | None, state: str | None) -> dict:
+    """`state` is for `datasets` alone: what it has cached of photographs, their check too, ends when they change."""
     parsed = {
         name: [[tag.strip() for tag in text.split(",")] if text else [] for text in rows[name]]
         for name in text_columns
@@ -141,13 +159,16 @@ def _parse_table_rows(rows: dict, text_columns: list[str], folders: list[str] | 
 
 def _resolve_image(path: str | None, folders: Sequence[str]) -> str | None:
     """A photograph's path, relative to the table that names it and inside its folder."""
+    found = {}
     for folder in folders:
         resolved = os.path.realpath(os.path.join(folder, path or ""))
         if not Path(resolved).is_relative_to(os.path.realpath(folder)):
             raise DataError(f"image path {path!r} leaves {folder}, expected a path inside it")
         if os.path.isfile(resolved):
-            return resolved
-    return path  # reported with its item id by `check_rows`
+            found[resolved] = folder
+    if len(found) > 1:
+        raise DataError(f"image path {path!r} is found in {' and in '.join(found.values())}, expected it in one")
+    return next(iter(found), None)  # none is reported with its item id by `check_rows`
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
@@ -241,7 +262,8 @@ def _find_problems(rows: pa.Table) -> pa.Table:
     if "important_tags" in rows.column_names:
         important_rows, important_codes, names, num_important = _encode(rows["important_tags"], names)
         report(num_important == 0, "no important_tags")
-        owned = np.isin(important_rows * len(names) + important_codes, tag_rows * len(names) + tag_codes)
+        base = len(names) + 1  # one more, so that the -1 of an empty tag is not the last code of the row before
+        owned = np.isin(important_rows * base + important_codes, tag_rows * base + tag_codes)
         report(np.isin(np.arange(len(rows)), important_rows[~owned]), "important_tags that are not among tags")
     report(pc.is_null(rows["item_id"]).to_numpy(), "no item_id")
     return pa.table({"problem": pa.array(problems, pa.string()), "item_id": rows["item_id"]})

@@ -1,0 +1,215 @@
+import dataclasses
+
+import pytest
+
+from magneto_training.arguments import (
+    DataArguments,
+    MagnetoTrainingArguments,
+    ModelArguments,
+    PredictArguments,
+    UsageError,
+    UserError,
+    parse_arguments,
+    user_errors_in_one_line,
+)
+from modeling_magneto import MagnetoConfig
+
+PREDICT = ["--model_name_or_path", "model", "--dataset_name", "data", "--output_file", "out.parquet"]
+
+
+def write_yaml(tmp_path, text: str) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_sets_fields_and_the_command_line_wins(tmp_path):
+    config = write_yaml(
+        tmp_path,
+        """
+        dataset_name: photos
+        hidden_size: 64
+        dropout: 1e-1
+        backbone_kwargs: {pad_type: same}
+        image_mean: [0.1, 0.2, 0.3]
+        auto_augment: false
+        num_trainable_backbone_stages: -1
+        dataset_config_name: null
+        """,
+    )
+
+    model_args, data_args = parse_arguments(
+        (ModelArguments, DataArguments),
+        [config, "--hidden_size", "32", "--image_mean", "0.5", "0.5", "0.4", "--train_split=all"],
+    )
+
+    assert (model_args.hidden_size, model_args.dropout) == (32, 0.1)
+    assert model_args.backbone_kwargs == {"pad_type": "same"}
+    assert model_args.image_mean == [0.5, 0.5, 0.4] and model_args.image_std is None
+    assert model_args.num_trainable_backbone_stages == -1
+    assert (data_args.dataset_name, data_args.train_split, data_args.auto_augment) == ("photos", "all", False)
+    assert data_args.dataset_config_name is None
+    assert model_args.num_tag_layers == ModelArguments().num_tag_layers
+
+
+def test_no_file_is_needed():
+    (data_args,) = parse_arguments((DataArguments,), ["--dataset_name", "photos", "--skip_bad_rows", "true"])
+
+    assert data_args == DataArguments(dataset_name="photos", skip_bad_rows=True)
+
+
+def test_json_on_the_command_line():
+    (model_args,) = parse_arguments((ModelArguments,), ["--backbone_kwargs", '{"drop_path_rate": 0.1}'])
+
+    assert model_args.backbone_kwargs == {"drop_path_rate": 0.1}
+
+
+def test_an_unknown_field_in_the_file_suggests_the_nearest(tmp_path):
+    config = write_yaml(tmp_path, "dataset_name: photos\nhiden_size: 64\n")
+
+    with pytest.raises(UsageError, match="unknown field 'hiden_size' in .*config.yaml; did you mean 'hidden_size'?"):
+        parse_arguments((ModelArguments, DataArguments), [config])
+
+
+@pytest.mark.parametrize("arguments", [["--hiden_size", "64"], ["--hiden_size=64"], ["--hiden-size", "64"]])
+def test_an_unknown_field_on_the_command_line_suggests_the_nearest(arguments):
+    with pytest.raises(UsageError, match="'hiden_size' in the command line; did you mean 'hidden_size'?"):
+        parse_arguments((ModelArguments,), arguments)
+
+
+def test_an_abbreviation_is_no_field():
+    with pytest.raises(UsageError, match="unknown field 'hidden'"):
+        parse_arguments((ModelArguments,), ["--hidden", "64"])
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("hidden_size", "eight", "hidden_size"),
+        ("hidden_size", "1.5", "hidden_size"),
+        ("dropout", "little", "dropout"),
+        ("streams", "three", "streams"),
+        ("backbone_kwargs", "pad_type", "backbone_kwargs .* expected JSON"),
+        ("image_mean", "[0.5]", "image_mean has 1 numbers, expected 3"),
+        ("image_std", "a", "image_std"),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_names_the_field(tmp_path, name, value, message):
+    with pytest.raises(UsageError, match=message):
+        parse_arguments((ModelArguments,), [write_yaml(tmp_path, f"{name}: {value}\n")])
+    with pytest.raises(UsageError, match=message):
+        parse_arguments((ModelArguments,), [f"--{name}", value.strip("[]")])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: [1", "is no YAML"),
+        ("- a\n- b\n", "holds a list, expected a mapping"),
+        ("just text", "holds a str, expected a mapping"),
+        ("", "dataset_name is missing"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_arguments((DataArguments,), [write_yaml(tmp_path, text)])
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(UsageError, match="nowhere.yaml cannot be read"):
+        parse_arguments((ModelArguments,), [str(tmp_path / "nowhere.yaml")])
+
+
+def test_a_stray_value_is_an_error():
+    with pytest.raises(UsageError, match="'stray'"):
+        parse_arguments((ModelArguments,), ["--hidden_size", "64", "stray"])
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--threshold", "1.5"], "threshold is 1.5"),
+        (["--top_k", "0"], "top_k is 0"),
+        (["--batch_size", "0"], "batch_size is 0"),
+        (["--num_workers", "-1"], "num_workers is -1"),
+        (["--output_file", "out.csv"], "out.csv"),
+        (["--model_name_or_path", ""], "--model_name_or_path is missing"),
+    ],
+)
+def test_wrong_prediction_arguments_are_named(extra, message):
+    with pytest.raises(UsageError, match=message):
+        parse_arguments((PredictArguments,), [*PREDICT, *extra])
+
+
+def test_model_arguments_have_the_configurations_defaults():
+    defaults = {item.name: getattr(ModelArguments(), item.name) for item in dataclasses.fields(ModelArguments)}
+    config = MagnetoConfig()
+    shared = [item.name for item in dataclasses.fields(MagnetoConfig) if item.name in defaults]
+
+    # All fields of the architecture but the two that the vocabulary decides.
+    own = set(MagnetoConfig.__annotations__) - {"vocab_size", "pad_token_id"}
+    assert own <= set(shared)
+    assert {name: defaults[name] for name in shared} == {name: getattr(config, name) for name in shared}
+
+
+def test_every_argument_of_the_model_reaches_the_configuration():
+    changed = {
+        "streams": "image",
+        "tag_encoder": "feed_forward",
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "intermediate_size": 20,
+        "num_tag_layers": 3,
+        "num_image_layers": 4,
+        "dropout": 0.25,
+        "max_tags": 5,
+        "objective": "bce",
+        "auxiliary_loss_weight": 0.5,
+        "backbone": "mobilenetv2_100",
+        "backbone_kwargs": {"pad_type": "same"},
+        "num_trainable_backbone_stages": -1,
+        "image_size": 64,
+    }
+
+    config = ModelArguments(**changed).to_config(vocab_size=9)
+
+    assert {name: getattr(config, name) for name in changed} == changed and config.vocab_size == 9
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 10}, {"dropout": 1.0}, {"num_tag_layers": 0}])
+def test_a_value_out_of_range_is_named(change):
+    with pytest.raises(UsageError, match=next(iter(change))):
+        ModelArguments(**change).to_config(vocab_size=9)
+
+
+def test_every_argument_has_help():
+    for argument_class in (ModelArguments, DataArguments, PredictArguments):
+        for item in dataclasses.fields(argument_class):
+            assert item.metadata["help"], item.name
+
+
+def test_the_default_optimiser_is_the_papers(tmp_path):
+    args = MagnetoTrainingArguments(output_dir=str(tmp_path))
+
+    assert (args.optim, args.optim_args, args.learning_rate) == ("sgd", "momentum=0.9", 1e-2)  # A.4
+    assert (args.weight_decay, args.max_grad_norm, args.lr_scheduler_type, args.warmup_steps) == (0, 0, "constant", 0)
+    assert (args.per_device_train_batch_size, args.num_train_epochs) == (32, 500)
+    assert (args.metric_for_best_model, args.greater_is_better, args.load_best_model_at_end) == ("f1", True, True)
+    assert args.remove_unused_columns is False
+
+
+@pytest.mark.parametrize("error, status", [(UserError("the data is bad"), 1), (UsageError("no such field"), 2)])
+def test_a_command_ends_with_one_line_and_a_status(capsys, error, status):
+    with pytest.raises(SystemExit) as caught, user_errors_in_one_line("train.py"):
+        raise error
+
+    assert caught.value.code == status
+    captured = capsys.readouterr()
+    assert captured.err == f"train.py: error: {error}\n" and captured.out == ""
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(KeyError), user_errors_in_one_line("train.py"):
+        raise KeyError("oops")

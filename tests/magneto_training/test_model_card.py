@@ -1,0 +1,115 @@
+import math
+
+import pytest
+from huggingface_hub import ModelCard
+
+from magneto_training import model_card
+from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, ModelArguments
+from magneto_training.model_card import write_model_card
+from modeling_magneto import MagnetoConfig, MagnetoProcessor
+
+FIGURES = {
+    "num_images": 13,
+    **{"precision": 81.111, "recall": 82.222, "f1": 83.333, "reducible_f1": 73.333},
+    **{"tag_f1": 41.414, "image_f1": 42.424},
+    **{"keep_all_precision": 61.111, "keep_all_recall": 100.0, "keep_all_f1": 63.333, "keep_all_reducible_f1": 53.333},
+}
+
+
+@pytest.fixture
+def make_card(tmp_path):
+    def make(metrics=None, config=None, dataset_name="someone/photos", use_images=True, **training) -> ModelCard:
+        folder = tmp_path / "my-model"
+        processor = MagnetoProcessor.from_vocabulary(["sea", "it's", 'a "b"', "sun", "wood"], use_images=use_images)
+        folder.mkdir(exist_ok=True)
+        write_model_card(
+            folder,
+            metrics or {"validation": FIGURES, "test": {**FIGURES, "f1": 84.444}},
+            config or MagnetoConfig(),
+            processor,
+            ModelArguments(),
+            DataArguments(dataset_name=str(dataset_name)),
+            MagnetoTrainingArguments(output_dir=str(folder), **training),
+        )
+        return ModelCard.load(folder / "README.md")
+
+    return make
+
+
+def test_the_metadata_are_the_hubs(make_card):
+    data = make_card().data.to_dict()
+
+    assert data["library_name"] == "transformers" and data["license"] == "apache-2.0"
+    assert data["pipeline_tag"] == "zero-shot-image-classification"
+    assert "magneto" in data["tags"]
+    assert data["model-index"][0]["name"] == "my-model"
+
+
+def test_the_results_in_the_metadata_are_the_runs_own(make_card):
+    card = make_card()
+
+    found = {(result.dataset_split, result.metric_type): result.metric_value for result in card.data.eval_results}
+
+    assert found == {
+        ("validation", "f1"): 83.33,
+        ("validation", "precision"): 81.11,
+        ("validation", "recall"): 82.22,
+        ("test", "f1"): 84.44,
+        ("test", "precision"): 81.11,
+        ("test", "recall"): 82.22,
+    }
+    assert all("63.3" in result.metric_name for result in card.data.eval_results)  # keep-all stands beside
+    assert {result.dataset_name for result in card.data.eval_results} == {"someone/photos"}
+
+
+def test_the_table_shows_the_runs_own_figures(make_card):
+    lines = [line for line in make_card().text.splitlines() if line.startswith("|")]
+
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert all(len(row) == 7 for row in rows)
+    for start, (split, f1) in zip((0, 4), (("validation", "83.3"), ("test", "84.4")), strict=True):
+        assert rows[start] == [split, "13", "MAGNeto", "81.1", "82.2", f"**{f1}**", "73.3"]
+        assert [row[5] for row in rows[start + 1 : start + 3]] == ["41.4", "42.4"]
+        assert rows[start + 3] == ["", "", "keep all", "61.1", "100.0", "63.3", "53.3"]
+    assert len(rows) == 8
+
+
+def test_undefined_figures_are_left_out_of_the_metadata(make_card):
+    card = make_card({"test": {**FIGURES, "precision": math.nan}})
+
+    assert {result.metric_type for result in card.data.eval_results} == {"f1", "recall"}
+
+
+def test_the_settings_are_the_runs_own(make_card):
+    config = MagnetoConfig(hidden_size=32, dropout=0.25, backbone="mobilenetv2_100")
+
+    text = make_card(config=config, learning_rate=0.125, num_train_epochs=7, seed=99).text
+
+    for line in ("hidden_size`: 32", "dropout`: 0.25", "backbone`: mobilenetv2_100", "learning_rate`: 0.125"):
+        assert f"- `{line}" in text
+    assert "- `seed`: 99" in text and "- `num_train_epochs`: 7" in text
+    assert "5 tags" in text
+
+
+def test_a_local_folder_is_named_without_its_path(make_card, tmp_path):
+    (tmp_path / "photos").mkdir()
+
+    text = make_card(dataset_name=tmp_path / "photos").content
+
+    assert "`photos`" in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("use_images", [True, False])
+def test_the_code_in_the_card_is_python(make_card, use_images):
+    text = make_card(use_images=use_images, hub_model_id="someone/my-model").text
+
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert '"someone/my-model"' in code and ("photo.jpg" in code) == use_images
+
+
+def test_the_card_has_no_gaps(make_card):
+    text = make_card().content
+
+    assert not [gap for gap in ("{{", "}}", "{%", "None`", "Undefined") if gap in text]
+    assert model_card.TEMPLATE.is_file()

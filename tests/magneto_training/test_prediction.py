@@ -1,0 +1,219 @@
+import json
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from magneto_training.arguments import PredictArguments, UserError
+from magneto_training.evaluation import evaluate_selection
+from magneto_training.prediction import (
+    has_ground_truth,
+    load_model,
+    load_prediction_split,
+    predict_batches,
+    predict_dataset,
+)
+from magneto_training.tag_data import DataError
+from modeling_magneto import MagnetoConfig, MagnetoForOutlierDetection, MagnetoForTagSummarization, MagnetoProcessor
+
+
+def make_args(dataset_name, output_file="out.parquet", **changes) -> PredictArguments:
+    return PredictArguments("model", str(dataset_name), str(output_file), **changes)
+
+
+def write_splits(folder, *names: str, **columns) -> None:
+    row = {"item_id": "a", "tags": ["x", "y"], **columns}
+    for name in names:
+        Dataset.from_list([row]).to_parquet(folder / f"{name}.parquet")
+
+
+@pytest.fixture
+def rows(dataset_dir) -> Dataset:
+    return load_prediction_split(make_args(dataset_dir), use_images=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ choosing
+
+
+@pytest.mark.parametrize(
+    "names, wanted, chosen",
+    [
+        (("train", "validation", "test"), None, "test"),
+        (("train", "test"), "train", "train"),
+        (("train",), None, "train"),
+    ],
+)
+def test_the_split_is_the_wanted_one_or_test_or_the_only_one(tmp_path, names, wanted, chosen):
+    for name in names:
+        write_splits(tmp_path, name, item_id=name)
+
+    dataset = load_prediction_split(make_args(tmp_path, split=wanted), use_images=False)
+
+    assert dataset["item_id"][:] == [chosen]
+
+
+def test_an_ambiguous_split_is_an_error(tmp_path):
+    write_splits(tmp_path, "train", "validation")
+
+    with pytest.raises(DataError, match="has the splits train, validation: choose one with --split"):
+        load_prediction_split(make_args(tmp_path), use_images=False)
+
+
+def test_a_missing_split_is_named(tmp_path):
+    write_splits(tmp_path, "train")
+
+    with pytest.raises(DataError, match="split 'nothing' is missing, found train"):
+        load_prediction_split(make_args(tmp_path, split="nothing"), use_images=False)
+
+
+@pytest.mark.parametrize(
+    "important_tags, known",
+    [([["x"], []], True), ([[], ["x"]], True), ([[], []], False), ([None, None], False), ([None, ["x"]], True)],
+)
+def test_ground_truth_is_there_when_a_row_has_an_important_tag(important_tags, known):
+    features = datasets.Features(important_tags=datasets.List(datasets.Value("string")))
+
+    assert has_ground_truth(Dataset.from_dict({"important_tags": important_tags}, features=features)) is known
+
+
+def test_without_the_column_there_is_no_ground_truth():
+    assert has_ground_truth(Dataset.from_dict({"tags": [["x"]]})) is False
+
+
+@pytest.mark.parametrize("columns", [{}, {"important_tags": []}, {"important_tags": None}])
+def test_rows_without_ground_truth_can_be_predicted(tmp_path, columns):
+    write_splits(tmp_path, "test", **columns)
+
+    dataset = load_prediction_split(make_args(tmp_path), use_images=False)
+
+    assert dataset.column_names == ["item_id", "tags"]
+
+
+def test_bad_rows_stop_or_are_skipped(tmp_path):
+    rows = [{"item_id": "a", "tags": ["x"]}, {"item_id": "b", "tags": []}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+
+    with pytest.raises(DataError, match="1 with no tags .item_id b."):
+        load_prediction_split(make_args(tmp_path), use_images=False)
+    kept = load_prediction_split(make_args(tmp_path, skip_bad_rows=True), use_images=False)
+    assert kept["item_id"][:] == ["a"]
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+def flatten(batches) -> list[tuple]:
+    return [
+        (row["item_id"], result) for batch in batches for row, result in zip(batch.rows, batch.results, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("batch_size, num_workers", [(1, 0), (5, 0), (5, 1)])
+def test_the_size_of_the_batch_changes_no_score(tiny_model, processor, rows, batch_size, num_workers):
+    expected = flatten(predict_batches(tiny_model, processor, rows, batch_size=64))
+    found = flatten(predict_batches(tiny_model, processor, rows, batch_size, num_workers))
+
+    assert [item for item, _ in found] == [item for item, _ in expected] == rows["item_id"][:]
+    for (_, one), (_, other), tags in zip(found, expected, rows["tags"][:], strict=True):
+        assert [tag for tag, _ in one["tags"]] == [tag for tag, _ in other["tags"]] == tags
+        assert [score for _, score in one["tags"]] == pytest.approx([score for _, score in other["tags"]], abs=1e-5)
+
+
+def test_scores_are_the_models(tiny_model, processor, rows):
+    (batch,) = predict_batches(tiny_model, processor, rows, batch_size=64)
+
+    with torch.no_grad():
+        outputs = tiny_model(**processor(rows["image"][:], rows["tags"][:]))
+    for index, result in enumerate(batch.results):
+        expected = torch.sigmoid(outputs.logits[index])[: len(result["tags"])].tolist()
+        assert [score for _, score in result["tags"]] == pytest.approx(expected, abs=1e-6)
+        assert result["selected_tags"] == [tag for tag, score in result["tags"] if score >= 0.5]
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.4}, {"top_k": 1}])
+def test_a_prediction_file_holds_every_row_once_and_in_order(tiny_model, processor, rows, tmp_path, options):
+    output_file = tmp_path / "new" / "out.parquet"
+    args = make_args("data", output_file, batch_size=4, **options)
+
+    metrics = predict_dataset(Accelerator(cpu=True), tiny_model, processor, rows, args)
+
+    table = pq.read_table(output_file).to_pydict()
+    assert list(table) == ["item_id", "tags", "scores", "selected_tags"]
+    assert table["item_id"] == rows["item_id"][:] and table["tags"] == rows["tags"][:]
+    for tags, scores, selected in zip(table["tags"], table["scores"], table["selected_tags"], strict=True):
+        if "top_k" in options:
+            assert selected == [tags[int(np.argmax(scores))]]
+        else:
+            assert selected == [
+                tag for tag, score in zip(tags, scores, strict=True) if score >= options.get("threshold", 0.5)
+            ]
+    assert {path.name for path in output_file.parent.iterdir()} == {"out.parquet", "out.metrics.json"}
+
+    pairs = list(zip(table["tags"], table["selected_tags"], rows["important_tags"][:], strict=True))
+    expected = evaluate_selection(
+        {"logits": [np.array([tag in selected for tag in tags], np.int8) for tags, selected, _ in pairs]},
+        [np.array([tag in important for tag in tags], np.int8) for tags, _, important in pairs],
+    )
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+    assert {"tag_f1", "image_f1"} <= set(metrics)
+    written = json.loads((output_file.parent / "out.metrics.json").read_text())
+    assert written["num_images"] == len(rows) and written["f1"] == metrics["f1"]
+
+
+def test_without_ground_truth_there_are_no_metrics(tiny_model, processor, rows, tmp_path):
+    args = make_args("data", tmp_path / "out.parquet")
+
+    metrics = predict_dataset(
+        Accelerator(cpu=True), tiny_model, processor, rows.remove_columns("important_tags"), args
+    )
+
+    assert metrics is None
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.parquet"]
+
+
+def test_an_interrupted_prediction_leaves_no_file_under_the_final_name(tiny_model, processor, rows, tmp_path):
+    output_file = tmp_path / "out.parquet"
+    output_file.write_bytes(b"the one before")
+    bad = Dataset.from_list([*rows.select(range(3)), {**rows[3], "tags": [""]}], features=rows.features)
+
+    with pytest.raises(ValueError):
+        predict_dataset(
+            Accelerator(cpu=True), tiny_model, processor, bad, make_args("data", output_file, batch_size=2)
+        )
+    assert output_file.read_bytes() == b"the one before"
+
+    predict_dataset(Accelerator(cpu=True), tiny_model, processor, rows, make_args("data", output_file))
+    assert pq.read_table(output_file).num_rows == len(rows)
+    assert not list(tmp_path.glob("*.parts"))
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def test_a_saved_model_is_loaded_in_eval_mode(tiny_model, processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    model, loaded_processor = load_model(str(tmp_path))
+
+    assert type(model) is MagnetoForTagSummarization and not model.training
+    assert type(loaded_processor) is MagnetoProcessor
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(UserError, match="the model .* cannot be loaded") as caught:
+        load_model(str(tmp_path / "nowhere"))
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pre_trained_model_is_refused(tiny_config: MagnetoConfig, processor, tmp_path):
+    MagnetoForOutlierDetection(tiny_config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    with pytest.raises(UserError, match="holds a MagnetoForOutlierDetection, expected a MagnetoForTagSummarization"):
+        load_model(str(tmp_path))

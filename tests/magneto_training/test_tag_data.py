@@ -1,0 +1,401 @@
+import csv
+import doctest
+import io
+import json
+import os
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from magneto_training import tag_data
+from magneto_training.arguments import DataArguments
+from magneto_training.augmentation import ImageAugmentation, TagAugmentation
+from magneto_training.tag_data import (
+    AugmentedDataset,
+    DataError,
+    TagCollator,
+    build_vocabulary,
+    check_rows,
+    checked_split,
+    load_tag_dataset,
+    load_training_splits,
+)
+from modeling_magneto import MagnetoProcessor
+
+
+def photograph(color="red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_photographs(folder, **colors: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, color in colors.items():
+        (folder / f"{name}.png").write_bytes(photograph(color))
+
+
+def write_csv(path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def make_split(rows: list[dict]) -> datasets.Dataset:
+    """Rows in the project's form; a missing column gets a good value."""
+    good = {
+        "item_id": "a",
+        "image": {"bytes": photograph(), "path": None},
+        "tags": ["x", "y"],
+        "important_tags": ["x"],
+    }
+    features = datasets.Features(
+        item_id=datasets.Value("string"),
+        image=datasets.Image(),
+        tags=datasets.List(datasets.Value("string")),
+        important_tags=datasets.List(datasets.Value("string")),
+    )
+    rows = [{**good, "item_id": f"im{index}", **row} for index, row in enumerate(rows)]
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def test_a_parquet_folder(dataset_dir):
+    splits = load_tag_dataset(str(dataset_dir))
+
+    assert {name: len(split) for name, split in splits.items()} == {"train": 48, "validation": 16, "test": 13}
+    row = splits["test"][0]
+    assert isinstance(row["image"], Image.Image)
+    assert set(row["important_tags"]) < set(row["tags"]) or row["important_tags"] == row["tags"]
+    assert isinstance(row["item_id"], str)
+
+
+def test_a_csv_folder_with_comma_separated_tags_and_relative_paths(tmp_path):
+    folder = tmp_path / "photos"
+    write_photographs(folder / "images", sea="blue", wood="green")
+    write_csv(
+        folder / "train.csv",
+        [
+            {"item_id": 7, "image": "images/sea.png", "tags": "sea, big boat ,sun", "important_tags": "sea"},
+            {"item_id": 8, "image": "images/wood.png", "tags": "tree", "important_tags": "tree"},
+        ],
+    )
+
+    splits = load_tag_dataset(str(folder))
+
+    first, second = splits["train"]
+    assert (first["item_id"], second["item_id"]) == ("7", "8")
+    assert first["tags"] == ["sea", "big boat", "sun"] and first["important_tags"] == ["sea"]
+    assert [row["image"].convert("RGB").getpixel((0, 0)) for row in (first, second)] == [(0, 0, 255), (0, 128, 0)]
+
+
+def test_a_jsonl_folder_with_lists_and_splits_by_name(tmp_path):
+    folder = tmp_path / "photos"
+    write_photographs(folder, sea="blue")
+    row = {"item_id": "a", "image": "sea.png", "tags": ["sea", "a, b"], "important_tags": ["sea"]}
+    for name in ("train", "validation", "test"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({**row, "item_id": name}) + "\n")
+
+    splits = load_tag_dataset(str(folder))
+
+    assert {name: split[0]["item_id"] for name, split in splits.items()} == {
+        name: name for name in ("train", "validation", "test")
+    }
+    assert splits["test"][0]["tags"] == ["sea", "a, b"]
+    assert splits["test"][0]["image"].size == (8, 8)
+
+
+def test_a_path_belongs_to_the_table_that_names_it(tmp_path):
+    for split, color in (("test", "blue"), ("train", "red")):
+        write_photographs(tmp_path / "photos" / split, a=color)
+        rows = [{"item_id": split, "image": "a.png", "tags": "x", "important_tags": "x"}]
+        write_csv(tmp_path / "photos" / split / "metadata.csv", rows)
+
+    splits = load_tag_dataset(str(tmp_path / "photos"))
+
+    assert splits["train"][0]["image"].convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    assert splits["test"][0]["image"].convert("RGB").getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_paths_in_a_parquet_table_are_relative_to_the_folder(tmp_path):
+    write_photographs(tmp_path / "images", a="blue")
+    datasets.Dataset.from_list([{"item_id": "a", "image": "images/a.png", "tags": ["x"]}]).to_parquet(
+        tmp_path / "train.parquet"
+    )
+
+    assert load_tag_dataset(str(tmp_path))["train"][0]["image"].convert("RGB").getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_a_path_that_two_tables_of_a_split_could_mean_is_refused(tmp_path):
+    for name in ("one", "two"):
+        write_photographs(tmp_path / "photos" / name, a="red")
+        write_csv(tmp_path / "photos" / name / "table.csv", [{"item_id": name, "image": "a.png", "tags": "x"}])
+
+    with pytest.raises(DataError, match="'a.png' is found in .*one and in .*two"):
+        load_tag_dataset(str(tmp_path / "photos"))
+
+
+def test_a_photograph_missing_from_the_folder_is_not_sought_elsewhere(tmp_path, monkeypatch):
+    write_photographs(tmp_path, a="red")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"item_id": 1, "image": "a.png", "tags": "x"}]
+    write_csv(tmp_path / "photos" / "train.csv", rows)
+
+    split = load_tag_dataset(str(tmp_path / "photos"))["train"]
+
+    report = check_rows(split, "photos, train", use_images=True, use_labels=False)
+    assert report.problems == {"an unreadable photograph": ["1"]}
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/{absolute}", "link/secret.png"])
+def test_a_path_that_leaves_the_folder_is_refused(tmp_path, path):
+    write_photographs(tmp_path, secret="red")
+    folder = tmp_path / "photos"
+    write_photographs(folder, a="red")
+    os.symlink(tmp_path, folder / "link")
+    path = path.replace("/{absolute}", str(tmp_path / "secret.png"))
+    write_csv(folder / "train.csv", [{"item_id": 1, "image": path, "tags": "x", "important_tags": "x"}])
+
+    with pytest.raises(DataError, match="leaves .*photos"):
+        load_tag_dataset(str(folder))
+
+
+def test_both_csv_and_json_are_refused(tmp_path):
+    write_csv(tmp_path / "train.csv", [{"item_id": 1, "tags": "x"}])
+    (tmp_path / "test.jsonl").write_text('{"item_id": 1, "tags": ["x"]}\n')
+
+    with pytest.raises(DataError, match="both CSV and JSON"):
+        load_tag_dataset(str(tmp_path))
+
+
+def test_a_dataset_that_is_not_there_is_named():
+    with pytest.raises(DataError, match="'no/such/folder' cannot be loaded") as caught:
+        load_tag_dataset("no/such/folder")
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_table_is_an_error_that_says_why(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"item_id": "a", "tags": ["x"]}\n{"item_id": \n')
+
+    with pytest.raises(DataError, match="cannot be loaded: .*(JSON|Expected|Unterminated)") as caught:
+        load_tag_dataset(str(tmp_path))
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_column_of_a_wrong_type_is_named(tmp_path):
+    datasets.Dataset.from_list([{"item_id": "a", "tags": 3}]).to_parquet(tmp_path / "train.parquet")
+
+    with pytest.raises(DataError, match="train: column 'tags' is"):
+        load_tag_dataset(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+BAD_ROWS = [
+    ({"image": None}, "an unreadable photograph"),
+    ({"image": {"bytes": b"no photograph", "path": None}}, "an unreadable photograph"),
+    ({"image": {"bytes": photograph()[:-30], "path": None}}, "an unreadable photograph"),
+    ({"image": {"bytes": None, "path": "nowhere.png"}}, "an unreadable photograph"),
+    ({"tags": []}, "no tags"),
+    ({"tags": None}, "no tags"),
+    ({"tags": ["x", " "]}, "an empty tag"),
+    ({"tags": ["x", None]}, "an empty tag"),
+    ({"important_tags": []}, "no important_tags"),
+    ({"important_tags": None}, "no important_tags"),
+    ({"important_tags": ["x", "z"]}, "important_tags that are not among tags"),
+    ({"important_tags": [""]}, "important_tags that are not among tags"),
+    ({"item_id": None}, "no item_id"),
+]
+
+
+@pytest.mark.parametrize("row, problem", BAD_ROWS)
+def test_every_problem_of_a_row_is_found(row, problem):
+    rows = make_split([{}, row, {}])
+
+    report = check_rows(rows, "photos, train", use_images=True, use_labels=True)
+
+    assert report.problems == {problem: [str(row.get("item_id", "im1"))]}
+    assert report.good_rows.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "rows, bad",
+    [
+        # An empty tag of one row is no tag of the row before it, nor the other way round.
+        ([{"tags": ["x"], "important_tags": ["y"]}, {"tags": ["", "x", "y"]}], ["im0", "im1"]),
+        ([{"tags": ["y", "x"]}, {"tags": ["x"], "important_tags": [""]}], ["im1"]),
+        ([{"tags": ["x"]}, {"tags": ["y"], "important_tags": ["x"]}, {"tags": ["x"]}], ["im1"]),
+    ],
+)
+def test_the_tags_of_one_row_are_not_those_of_its_neighbours(rows, bad):
+    report = check_rows(make_split(rows), "photos, train", use_images=False, use_labels=True)
+
+    assert sorted(item for items in report.problems.values() for item in items) == bad
+
+
+def test_important_tags_are_compared_in_their_one_spelling():
+    rows = make_split([{"tags": ["Blue  Sky", "x"], "important_tags": ["blue sky"]}])
+
+    assert check_rows(rows, "photos, train", use_images=True, use_labels=True).problems == {}
+
+
+def test_what_the_model_does_not_look_at_is_not_checked():
+    rows = make_split([{"image": None, "important_tags": []}])
+
+    assert check_rows(rows, "photos, test", use_images=False, use_labels=False).problems == {}
+
+
+def test_bad_rows_stop_with_counts_and_the_first_item_ids():
+    rows = make_split([{"tags": []}] * 7 + [{}, {"image": None}, {}])
+
+    with pytest.raises(DataError) as caught:
+        checked_split(rows, "photos, train", True, True, skip_bad_rows=False)
+
+    assert str(caught.value) == (
+        "photos, train: 8 of 10 rows are bad: 7 with no tags (item_id im0, im1, im2, im3, im4, ...); "
+        "1 with an unreadable photograph (item_id im8); --skip_bad_rows true leaves them out"
+    )
+
+
+def test_skip_bad_rows_keeps_the_rest_and_says_how_many_went(capsys):
+    rows = make_split([{"tags": []}, {}, {"image": None}, {}])
+
+    kept = checked_split(rows, "photos, train", True, True, skip_bad_rows=True)
+
+    assert kept["item_id"][:] == ["im1", "im3"]
+    assert "2 of 4 rows are bad" in capsys.readouterr().out
+
+
+def test_without_a_good_row_there_is_nothing_to_go_on_with():
+    with pytest.raises(DataError, match="none is left"):
+        checked_split(make_split([{"tags": []}]), "photos, train", True, True, skip_bad_rows=True)
+
+
+def test_good_rows_are_left_as_they_are():
+    rows = make_split([{}, {}])
+
+    assert checked_split(rows, "photos, train", True, True, skip_bad_rows=False) is rows
+
+
+@pytest.mark.parametrize("column", ["item_id", "tags", "important_tags", "image"])
+def test_a_missing_column_is_named(column):
+    with pytest.raises(DataError, match=f"photos, train: column '{column}' is missing, found .*"):
+        check_rows(make_split([{}]).remove_columns(column), "photos, train", True, True)
+
+
+@pytest.mark.parametrize("field", ["train_split", "validation_split"])
+def test_a_missing_split_is_named(dataset_dir, field):
+    with pytest.raises(DataError, match="split 'nothing' is missing, found train, validation, test"):
+        load_training_splits(DataArguments(dataset_name=str(dataset_dir), **{field: "nothing"}), use_images=False)
+
+
+def test_a_test_split_is_not_needed(dataset_dir):
+    data_args = DataArguments(dataset_name=str(dataset_dir), test_split="nothing")
+
+    splits = load_training_splits(data_args, use_images=False)
+
+    assert {name: len(split) for name, split in splits.items()} == {"train": 48, "validation": 16}
+    assert splits["train"].column_names == ["item_id", "tags", "important_tags"]
+
+
+def test_a_mended_photograph_is_seen_by_the_next_run(tmp_path):
+    folder = tmp_path / "photos"
+    write_csv(folder / "train.csv", [{"item_id": 1, "image": "a.png", "tags": "x", "important_tags": "x"}])
+
+    def bad_rows():
+        return check_rows(load_tag_dataset(str(folder))["train"], "photos, train", True, True).problems
+
+    assert bad_rows() == {"an unreadable photograph": ["1"]}
+    write_photographs(folder, a="red")
+    assert bad_rows() == {}
+    (folder / "a.png").write_bytes(b"no photograph")
+    assert bad_rows() == {"an unreadable photograph": ["1"]}
+
+
+# ---------------------------------------------------------------------------------------------------------- vocabulary
+
+
+def test_the_vocabulary_is_every_tag_once_in_alphabetical_order():
+    rows = make_split([{"tags": ["Sun", "blue  sky"]}, {"tags": ["boat", "sun ", "Blue Sky"]}])
+
+    assert build_vocabulary(rows) == ["blue sky", "boat", "sun"]
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def test_the_examples_of_the_documentation_hold():
+    results = doctest.testmod(tag_data)
+
+    assert results.attempted >= 4 and results.failed == 0
+
+
+def test_rows_without_ground_truth_have_no_labels(processor):
+    rows = [{"item_id": "a", "image": Image.new("RGB", (9, 9)), "tags": ["red", "blue"]}]
+
+    assert set(TagCollator(processor)(rows)) == {"input_ids", "attention_mask", "pixel_values"}
+
+
+def test_prediction_does_not_cut_and_training_cuts_by_chance():
+    names = [f"tag {index}" for index in range(30)]
+    processor = MagnetoProcessor.from_vocabulary(names, max_tags=10, use_images=False)
+    rows = [{"tags": names, "important_tags": names[:3], "seed": seed} for seed in range(100)]
+
+    assert TagCollator(processor)(rows)["input_ids"].shape == (100, 30)
+    cut = TagCollator(processor, training=True)(rows)
+
+    assert cut["input_ids"].shape == (100, 10)
+    counts = torch.bincount(cut["input_ids"].flatten(), minlength=32)
+    assert counts[:2].sum() == 0 and counts[2:].min() > 10  # each of them about 33 times
+    assert torch.equal(cut["labels"] == 1, cut["input_ids"] < 5)
+
+
+def test_an_augmented_batch_depends_on_its_seeds_alone(processor):
+    collate = TagCollator(
+        processor, ImageAugmentation(32), TagAugmentation(processor.vocabulary, 1.0, 1.0), training=True
+    )
+    pixels = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
+    rows = [
+        {"image": Image.fromarray(pixels), "tags": ["red", "blue", "green"], "important_tags": ["red"], "seed": seed}
+        for seed in (1, 2, 1)
+    ]
+
+    batch, again = collate(rows), collate(rows)
+
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][2])
+    assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+    assert batch["pixel_values"].shape == (3, 3, 32, 32)
+    assert batch["pixel_values"].min() < 0 < batch["pixel_values"].max()  # normalised
+    assert torch.equal(batch["labels"] == 1, batch["input_ids"] == processor.vocabulary.index("red") + 2)
+
+
+def keep_seeds(rows: list[dict]) -> list[tuple[str, int]]:
+    return [(row["item_id"], row["seed"]) for row in rows]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_epoch_has_its_own_seeds_in_workers_that_live_on_too(num_workers):
+    rows = AugmentedDataset(make_split([{}] * 6).select_columns(["item_id"]), seed=3)
+    loader = torch.utils.data.DataLoader(
+        rows, batch_size=2, num_workers=num_workers, persistent_workers=num_workers > 0, collate_fn=keep_seeds
+    )
+    epochs = []
+    for epoch in range(3):
+        rows.set_epoch(epoch)
+        epochs.append([seed for batch in loader for seed in batch])
+
+    assert [[item for item, _ in epoch] for epoch in epochs] == [[f"im{index}" for index in range(6)]] * 3
+    assert len({seed for epoch in epochs for _, seed in epoch}) == 18
+    rows.set_epoch(1)
+    assert [(row["item_id"], row["seed"]) for row in rows] == epochs[1]  # a resumed run draws the same

@@ -1,0 +1,202 @@
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UserError
+from magneto_training.tag_data import load_training_splits
+from magneto_training.trainer import MagnetoTrainer, find_checkpoint
+from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
+
+
+@pytest.fixture
+def data_args(dataset_dir) -> DataArguments:
+    return DataArguments(dataset_name=str(dataset_dir))
+
+
+@pytest.fixture
+def make_trainer(tiny_config, processor, data_args, tmp_path):
+    def make(config_changes: dict | None = None, **changes) -> MagnetoTrainer:
+        args = MagnetoTrainingArguments(
+            output_dir=str(tmp_path / "run"), report_to="none", disable_tqdm=True, use_cpu=True, **changes
+        )
+        config = MagnetoConfig(**{**tiny_config.to_dict(), **(config_changes or {})})
+        splits = load_training_splits(data_args, use_images=True)
+        model = MagnetoForTagSummarization(config)
+        return MagnetoTrainer(model, args, data_args, processor, splits["train"], splits["validation"])
+
+    return make
+
+
+def test_training_batches_are_augmented_anew_in_every_epoch_and_evaluation_batches_are_not(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=48)
+    loader = trainer.get_train_dataloader()
+    train = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        (batch,) = loader
+        order = sorted(range(48), key=lambda index: batch["pixel_values"][index].sum().item())
+        train.append(batch["pixel_values"][order])
+    evaluation = [torch.cat([batch["pixel_values"] for batch in trainer.get_eval_dataloader()]) for _ in range(2)]
+
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "labels"}
+    assert not torch.equal(train[0], train[1])
+    assert torch.equal(train[0], train[2])  # a resumed run sees the same
+    assert torch.equal(*evaluation)
+
+
+def test_evaluating_between_two_epochs_does_not_change_training_batches(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=8)
+    train_loader = trainer.get_train_dataloader()
+    trainer.get_eval_dataloader()
+    train_loader.set_epoch(0)
+
+    batch = next(iter(train_loader))
+
+    assert trainer.train_collator in (train_loader.collate_fn, train_loader.base_dataloader.collate_fn)
+    assert batch["pixel_values"].shape == (8, 3, 32, 32)
+
+
+def test_the_log_holds_the_means_of_the_losses_and_of_the_gate(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=16)
+    trainer.model.train()
+    losses = {name: [] for name in ("final_loss", "tag_loss", "image_loss", "mean_gate")}
+    for batch in trainer.get_train_dataloader():
+        torch.manual_seed(0)
+        trainer.compute_loss(trainer.model, batch)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outputs = trainer.model(**batch)
+        for name in ("final_loss", "tag_loss", "image_loss"):
+            losses[name].append(outputs[name].item())
+        losses["mean_gate"].append(outputs.gate[batch["attention_mask"].bool()].mean().item())
+
+    trainer.log(logs := {"loss": 1.0})
+    trainer.log(again := {"loss": 1.0})
+
+    assert len(losses["tag_loss"]) == 3
+    for name, values in losses.items():
+        # Batch norm's statistics moved between the two calls, but in training they do not matter.
+        assert logs[name] == pytest.approx(np.mean(values), rel=1e-5), name
+    assert not set(again) & set(losses)  # a new period starts from nothing
+
+
+def test_evaluation_does_not_count_among_the_training_losses(make_trainer):
+    trainer = make_trainer()
+    trainer.evaluate()
+
+    trainer.log(logs := {"loss": 1.0})
+
+    assert "final_loss" not in logs
+
+
+def test_the_loss_is_the_models_own(make_trainer):
+    trainer = make_trainer()
+    trainer.model.eval()
+    batch = next(iter(trainer.get_eval_dataloader()))
+
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1000))
+
+    assert loss == trainer.model(**batch).loss  # not divided by a number of items
+
+
+def test_a_short_training_improves_logs_and_saves_the_best_epoch(make_trainer):
+    trainer = make_trainer(
+        {"num_trainable_backbone_stages": -1, "dropout": 0.0},
+        num_train_epochs=5,
+        per_device_train_batch_size=16,
+        optim="adamw_torch",
+        optim_args=None,
+        learning_rate=1e-2,
+    )
+    before = copy.deepcopy(trainer.model.state_dict())
+
+    trainer.train()
+
+    history = trainer.state.log_history
+    training = [entry for entry in history if "loss" in entry]
+    evaluations = [entry for entry in history if "eval_f1" in entry]
+    assert len(training) == len(evaluations) == 5
+    assert {"final_loss", "tag_loss", "image_loss", "mean_gate"} <= set(training[0])
+    parts = training[0]["final_loss"] + training[0]["tag_loss"] + training[0]["image_loss"]
+    assert training[0]["loss"] == pytest.approx(parts, abs=2e-3)
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert {"eval_tag_f1", "eval_image_f1", "eval_mean_gate", "eval_keep_all_f1"} <= set(evaluations[0])
+
+    best = max(entry["eval_f1"] for entry in evaluations)
+    split = trainer.evaluate_split("test", trainer.eval_dataset)
+    assert split["f1"] == pytest.approx(best)
+    assert not [name for name in split if "runtime" in name or "per_second" in name or name.startswith("test_")]
+    assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    assert not list(folder.glob("*.bin"))
+    assert (folder / "model.safetensors").is_file() and (folder / "processor_config.json").is_file()
+
+
+def test_early_stopping(make_trainer):
+    trainer = make_trainer({"streams": "tag"}, num_train_epochs=20, early_stopping_patience=1, learning_rate=0.0)
+
+    trainer.train()
+
+    assert trainer.state.epoch == 2  # the second evaluation was no better than the first
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def make_checkpoints(folder: Path, complete=(), partial=()) -> None:
+    for step in (*complete, *partial):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "model.safetensors").touch()
+    for step in complete:
+        (folder / f"checkpoint-{step}" / "trainer_state.json").touch()
+
+
+def training_args(folder, resume=None) -> MagnetoTrainingArguments:
+    return MagnetoTrainingArguments(output_dir=str(folder), resume_from_checkpoint=resume)
+
+
+@pytest.mark.parametrize("resume", [None, "false", "False", "true"])
+def test_a_new_run_starts_without_a_checkpoint(tmp_path, resume):
+    assert find_checkpoint(training_args(tmp_path / "new", resume)) is None
+
+
+@pytest.mark.parametrize("resume", ["true", "True"])
+def test_resuming_takes_the_last_complete_checkpoint(tmp_path, resume):
+    make_checkpoints(tmp_path, complete=[9, 80, 100], partial=[110])
+
+    assert find_checkpoint(training_args(tmp_path, resume)) == str(tmp_path / "checkpoint-100")
+
+
+def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path):
+    make_checkpoints(tmp_path, partial=[9])
+
+    assert find_checkpoint(training_args(tmp_path, "true")) is None
+    assert find_checkpoint(training_args(tmp_path)) is None
+
+
+@pytest.mark.parametrize("resume", [None, "false"])
+def test_another_runs_checkpoints_are_not_overwritten(tmp_path, resume):
+    make_checkpoints(tmp_path, complete=[9])
+
+    with pytest.raises(UserError, match="holds checkpoint-9 of another run"):
+        find_checkpoint(training_args(tmp_path, resume))
+
+
+def test_a_named_checkpoint_is_taken(tmp_path):
+    make_checkpoints(tmp_path, complete=[9, 10])
+    wanted = str(tmp_path / "checkpoint-9")
+
+    assert find_checkpoint(training_args(tmp_path, wanted)) == wanted
+
+
+def test_a_named_checkpoint_that_is_not_there_is_an_error(tmp_path):
+    make_checkpoints(tmp_path, complete=[9], partial=[10])
+
+    with pytest.raises(UserError, match="checkpoint-10.*expected a complete checkpoint folder"):
+        find_checkpoint(training_args(tmp_path, str(tmp_path / "checkpoint-10")))
