@@ -120,3 +120,10 @@ def test_the_mixture_does_not_saturate_where_both_streams_are_sure():
     gate, stream = torch.zeros(2), torch.tensor([-300.0, 300.0])
 
     torch.testing.assert_close(mixture_logits(gate, stream, stream), stream)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logits_of_half_precision_give_a_loss_of_full_precision(loss):
+    logits = torch.randn(3, 4, dtype=torch.bfloat16)
+
+    assert loss(logits, LABELS).item() == loss(logits.float(), LABELS).item()

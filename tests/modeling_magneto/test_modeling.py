@@ -368,6 +368,28 @@ def test_dropout_acts_in_training_only(tiny_config):
         assert not torch.equal(model(**batch).tag_logits, model(**batch).tag_logits)
 
 
+def test_both_streams_read_the_same_dropped_out_embeddings(tiny_config):
+    model, seen = build(tiny_config, dropout=0.5).train(), {}
+    for name in ("tag_encoder", "tag_to_image_attention"):
+        part = getattr(model.magneto, name)
+        part.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+
+    model(**make_batch())
+
+    dropped = seen["tag_encoder"] == 0
+    assert 0.3 < dropped[0].float().mean() < 0.7
+    assert torch.equal(seen["tag_to_image_attention"], seen["tag_encoder"])
+
+
+def test_attention_weights_are_dropped_in_training(tiny_config):
+    attention, regions = build(tiny_config, dropout=0.5).magneto.tag_to_image_attention, torch.randn(1, 4, 16)
+
+    with torch.no_grad():
+        assert torch.equal(attention(regions, regions)[0], attention(regions, regions)[0])
+        attention.train()
+        assert not torch.equal(attention(regions, regions)[0], attention(regions, regions)[0])
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 

@@ -49,3 +49,13 @@ def test_a_threshold_outside_0_and_1_is_refused(threshold):
 def test_a_top_k_below_1_is_refused():
     with pytest.raises(ValueError, match="top_k"):
         select_top_k(torch.rand(1, 2), torch.ones(1, 2), 0)
+
+
+def test_of_many_equal_scores_the_first_tags_win():
+    selected = select_top_k(torch.full((2, 100), 0.5), torch.ones(2, 100), 3)
+
+    assert selected.nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+
+
+def test_padding_in_front_takes_no_place_of_a_tag_with_score_0():
+    assert select_top_k(torch.zeros(1, 3), torch.tensor([[0, 0, 1]]), 1).tolist() == [[False, False, True]]
