@@ -24,8 +24,10 @@ def main() -> None:
 
     if accelerator.is_main_process:
         output_file = Path(args.output_file)
-        if metrics is not None:
+        if "f1" in metrics:
             print(format_metrics({args.dataset_name: metrics}))
+        if "outlier_percent" in metrics:
+            print(f"images with a strange tag among the selected ones: {metrics['outlier_percent']:.2f} %")
         print(f"{len(dataset)} images: {output_file}")
         if args.report_images:
             report_file = output_file.with_name("report.html")

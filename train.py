@@ -11,10 +11,12 @@ from magneto_training.arguments import (
     parse_arguments,
     user_errors_in_one_line,
 )
-from magneto_training.backbone import prepare_backbone, resolve_normalization
-from magneto_training.evaluation import format_metrics, write_metrics
+from magneto_training.augmentation import TagAugmentation
+from magneto_training.backbone import resolve_normalization
+from magneto_training.evaluation import compute_metrics, format_metrics, write_metrics
+from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
-from magneto_training.tag_data import build_vocabulary, load_training_splits
+from magneto_training.tag_data import AugmentedDataset, TagCollator, build_vocabulary, load_training_splits
 from magneto_training.trainer import MagnetoTrainer, find_checkpoint
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
 
@@ -35,12 +37,22 @@ def main() -> None:
     processor = MagnetoProcessor.from_vocabulary(
         vocabulary, model_args.image_size, image_mean, image_std, model_args.max_tags, use_images
     )
-    model = MagnetoForTagSummarization(model_args.to_config(vocab_size=len(processor.tokenizer)))
-    if use_images and checkpoint is None:
-        prepare_backbone(model.magneto, model_args.backbone_weights)
+    model = new_model(MagnetoForTagSummarization, processor, model_args)
+    if checkpoint is None:
+        initialize_model(model, processor, model_args, training_args.seed)
 
     # Training.
-    trainer = MagnetoTrainer(model, training_args, data_args, processor, splits["train"], splits["validation"])
+    tag_augmentation = TagAugmentation(vocabulary, data_args.tag_add_ratio, data_args.tag_drop_ratio)
+    trainer = MagnetoTrainer(
+        model,
+        training_args,
+        processor,
+        train_dataset=AugmentedDataset(splits["train"], training_args.seed),
+        eval_dataset=splits["validation"],
+        train_collator=TagCollator.for_training(processor, data_args, tag_augmentation),
+        eval_collator=TagCollator(processor),
+        compute_metrics=compute_metrics,
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Results.

@@ -52,6 +52,8 @@ class ModelArguments:
         "Where a new run's backbone starts: 'pretrained' (timm's weights, downloaded), a .safetensors file, or 'none' "
         "for random weights.",
     )
+    init_from: str | None = _option(None, "A pre-trained MAGNeto: all but heads and gate starts from it.")
+    tag_vectors: str | None = _option(None, "Word vectors (word2vec or GloVe text, also .gz) to start the tags from.")
     num_trainable_backbone_stages: int = _option(0, "Stages trained, from the top; 0 freezes all, -1 trains all.")
     image_size: int = _option(112, "Height and width of the photographs for the model, in pixels.")
     image_mean: list[float] | None = _option(None, "Mean of each colour channel; by default what timm names.")
@@ -82,23 +84,53 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Where the rows come from, and how training examples are changed."""
+class RowArguments:
+    """Where the rows come from, and how training photographs are changed."""
 
     dataset_name: str = _option("", "A Hub id, or a folder of Parquet, CSV or JSON files.")
     dataset_config_name: str | None = _option(None, "A configuration of the dataset.")
     train_split: str = _option("train", "The split to train on; its tags are the vocabulary.")
     validation_split: str = _option("validation", "The split that chooses the best epoch.")
-    test_split: str = _option("test", "Evaluated once at the end, where the dataset has it.")
     skip_bad_rows: bool = _option(False, "Leave bad rows out, and say how many, instead of stopping.")
-    tag_add_ratio: float = _option(0.5, "beta: at most this ratio of the unimportant tags is added at random.")
-    tag_drop_ratio: float = _option(0.5, "beta-hat: at most this ratio of the unimportant tags is dropped.")
     min_crop_scale: float = _option(0.3, "A random crop covers at least this share of the photograph.")
     auto_augment: bool = _option(True, "Apply AutoAugment's ImageNet policy to training photographs.")
 
     def __post_init__(self):
         if not self.dataset_name:
             raise UsageError("dataset_name is missing, expected a Hub id or a folder")
+        if not 0 < self.min_crop_scale <= 1:
+            raise UsageError(f"min_crop_scale is {self.min_crop_scale}, expected a share in (0, 1]")
+
+
+@dataclass
+class DataArguments(RowArguments):
+    """The rows of supervised training."""
+
+    test_split: str = _option("test", "Evaluated once at the end, where the dataset has it.")
+    tag_add_ratio: float = _option(0.5, "beta: at most this ratio of the unimportant tags is added at random.")
+    tag_drop_ratio: float = _option(0.5, "beta-hat: at most this ratio of the unimportant tags is dropped.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tag_add_ratio < 0:
+            raise UsageError(f"tag_add_ratio is {self.tag_add_ratio}, expected at least 0")
+        if not 0 <= self.tag_drop_ratio <= 1:
+            raise UsageError(f"tag_drop_ratio is {self.tag_drop_ratio}, expected a ratio in [0, 1]")
+
+
+@dataclass
+class PretrainingDataArguments(RowArguments):
+    """The rows of pre-training; ground truth is never read."""
+
+    outlier_ratio: float = _option(1.0, "Strange tags for each own tag of an image.")
+    validation_share: float = _option(0.1, "Share of the training split held out where there is no validation split.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.outlier_ratio <= 0:
+            raise UsageError(f"outlier_ratio is {self.outlier_ratio}, expected a ratio above 0")
+        if not 0 < self.validation_share < 1:
+            raise UsageError(f"validation_share is {self.validation_share}, expected a share in (0, 1)")
 
 
 @dataclass
@@ -123,12 +155,19 @@ class MagnetoTrainingArguments(TrainingArguments):
     report_to: str = _option("tensorboard", "Where the training curves go.")
     remove_unused_columns: bool = _option(False, "Our collator needs all columns.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")
-    early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better F1.")
+    early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better figure.")
 
     def __post_init__(self):
         super().__post_init__()
         if not torch.accelerator.is_available():  # nothing to pin memory for, and PyTorch would warn
             self.dataloader_pin_memory = False
+
+
+@dataclass
+class PretrainingArguments(MagnetoTrainingArguments):
+    """`MagnetoTrainingArguments` for outlier detection."""
+
+    metric_for_best_model: str | None = _option("average_precision", "What the best epoch is best in, on validation.")
 
 
 @dataclass
@@ -142,6 +181,10 @@ class PredictArguments:
     split: str | None = _option(None, "The split; by default test, or the only one there is.")
     threshold: float = _option(0.5, "A tag is selected when its score reaches it.")
     top_k: int | None = _option(None, "Select this many tags instead.")
+    inject_outliers: float | None = _option(
+        None, "The outlier test: add this many strange tags for each own tag, and count the images that keep one."
+    )
+    seed: int = _option(0, "Decides which tags are injected.")
     batch_size: int = _option(64, "Images a step on each device.")
     num_workers: int = _option(0, "Processes that read and decode photographs, for each device.")
     skip_bad_rows: bool = _option(False, "Leave bad rows out, and say how many, instead of stopping.")
@@ -156,6 +199,8 @@ class PredictArguments:
         for name, lowest in (("batch_size", 1), ("num_workers", 0), ("report_images", 0), ("top_k", 1)):
             if (value := getattr(self, name)) is not None and value < lowest:
                 raise UsageError(f"{name} is {value}, expected at least {lowest}")
+        if self.inject_outliers is not None and self.inject_outliers <= 0:
+            raise UsageError(f"inject_outliers is {self.inject_outliers}, expected a ratio above 0")
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"threshold is {self.threshold}, expected a number in [0, 1]")
 
@@ -180,7 +225,9 @@ def parse_arguments(argument_classes: Sequence[type], argv: Sequence[str] | None
     options = {"help", *fields, *(f"no_{name}" for name in fields)}
     from_file = []
     if argv and not argv[0].startswith("-"):
-        from_file = _read_yaml(Path(argv.pop(0)), options)
+        settings = _read_yaml(Path(argv.pop(0)), options)
+        parser.set_defaults(**{name: None for name, value in settings.items() if value is None})
+        from_file = [part for name, value in settings.items() for part in _to_arguments(name, value)]
     for argument in argv:
         if argument.startswith("--"):
             _check_known(argument.split("=")[0].removeprefix("--").replace("-", "_"), options, "the command line")
@@ -195,8 +242,7 @@ def parse_arguments(argument_classes: Sequence[type], argv: Sequence[str] | None
     return tuple(instances)
 
 
-def _read_yaml(path: Path, options: set[str]) -> list[str]:
-    """The file's settings as command-line arguments."""
+def _read_yaml(path: Path, options: set[str]) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -207,18 +253,18 @@ def _read_yaml(path: Path, options: set[str]) -> list[str]:
         settings = {}
     if not isinstance(settings, dict):
         raise UsageError(f"{path} holds a {type(settings).__name__}, expected a mapping of fields to values")
-    arguments = []
-    for name, value in settings.items():
+    for name in settings:
         _check_known(str(name), options, str(path))
-        if value is None:
-            continue
-        if isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
-        elif isinstance(value, dict):
-            arguments += [f"--{name}", json.dumps(value)]
-        else:
-            arguments += [f"--{name}", str(value)]
-    return arguments
+    return settings
+
+
+def _to_arguments(name: str, value: Any) -> list[str]:
+    """A setting of the file as it would stand on the command line, where null cannot be said."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def _check_known(name: str, options: set[str], where: str) -> None:

@@ -1,5 +1,6 @@
 """Augmentation of training examples: photographs by AutoAugment, tags by adding and dropping (section 5.1, A.5)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,11 +39,29 @@ class TagAugmentation:
         num_dropped = rng.integers(int(self.drop_ratio * len(unimportant)), endpoint=True)
         num_added = rng.integers(int(self.add_ratio * len(unimportant)), endpoint=True)
         dropped = {unimportant[index] for index in rng.choice(len(unimportant), num_dropped, replace=False)}
-        # Drawing as many more as the image has tags, and passing over its own, is uniform over all the others.
-        num_drawn = min(num_added + len(tags), len(self.vocabulary))
-        drawn = (self.vocabulary[index] for index in rng.choice(len(self.vocabulary), num_drawn, replace=False))
-        added = [tag for tag in drawn if tag not in set(tags)][:num_added]
-        return [tag for tag in tags if tag not in dropped] + added
+        return [tag for tag in tags if tag not in dropped] + draw_strange_tags(tags, self.vocabulary, num_added, rng)
+
+
+def draw_strange_tags(
+    tags: Sequence[str], vocabulary: Sequence[str], count: int, rng: np.random.Generator
+) -> list[str]:
+    """Tags that an image does not have: different ones, uniform over the vocabulary; fewer where that is exhausted."""
+    # Drawing as many more as the image has tags, and passing over its own, is uniform over all the others.
+    num_drawn = min(count + len(tags), len(vocabulary))
+    drawn = (vocabulary[index] for index in rng.choice(len(vocabulary), num_drawn, replace=False))
+    return [tag for tag in drawn if tag not in set(tags)][:count]
+
+
+def draw_outliers(tags: Sequence[str], vocabulary: Sequence[str], ratio: float, rng: np.random.Generator) -> list[str]:
+    """The outliers of one image, for pre-training (section 5.2) and the outlier test (section 5.1).
+
+    Args:
+        tags: The image's own, normalised.
+        vocabulary: All tags, normalised.
+        ratio: Outliers for each own tag, above 0; the number is rounded up, so every image gets one at least.
+        rng: Decides which.
+    """
+    return draw_strange_tags(tags, vocabulary, math.ceil(ratio * len(tags)), rng)
 
 
 class ImageAugmentation:

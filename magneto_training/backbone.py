@@ -1,6 +1,7 @@
 """ImageNet weights for the backbone of a new training run."""
 
 import difflib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def resolve_normalization(model_args: ModelArguments) -> tuple[Sequence[float], 
 
 
 def prepare_backbone(model: MagnetoModel, source: str) -> None:
-    """Put pre-trained weights into the backbone of a newly made model, and see that it gives a feature map.
+    """Put pre-trained weights into the backbone of a newly made model, and warn of a useless feature map.
 
     Args:
         model: A model with a backbone.
@@ -45,14 +46,17 @@ def prepare_backbone(model: MagnetoModel, source: str) -> None:
             safetensors file with timm's parameter names; a classifier in it is passed over.
 
     Raises:
-        UserError: The weights cannot be had, or do not fit the backbone; or it has no feature map.
+        UserError: The weights cannot be had, or do not fit the backbone.
     """
     size = model.config.image_size
-    try:
-        with torch.inference_mode():
-            model.eval().image_feature_extractor(torch.zeros(1, 3, size, size))
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"backbone {model.config.backbone!r} cannot be used at {size} px: {error}") from None
+    with torch.inference_mode():
+        regions = model.eval().image_feature_extractor(torch.zeros(1, 3, size, size))  # (1, R, D)
+    if regions.shape[1] == 1:
+        warnings.warn(
+            f"the backbone {model.config.backbone!r} gives a single region at {size} px: no tag can look at another "
+            "place than the others; raise image_size",
+            stacklevel=2,
+        )
     if source == "none":
         return
     backbone, config = model.image_feature_extractor.backbone, model.config

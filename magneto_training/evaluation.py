@@ -10,6 +10,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
+from sklearn.metrics import average_precision_score, f1_score
 from transformers import EvalPrediction
 
 from modeling_magneto import MagnetoConfig
@@ -78,6 +79,31 @@ def compute_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[s
     return results
 
 
+def compute_detection_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[str, float]:
+    """What `Trainer` reports of outlier detection (section 5.2), in percent, over all tags of the split.
+
+    Args:
+        prediction: The logits of the streams there are, each (images, L), and labels (images, L): 1 for an image's own
+            tag, 0 for an outlier, -100 for padding.
+        config: The model's.
+
+    Returns:
+        For each stream the F1 of the detected outliers (a score below 0.5) and the average precision of their ranking;
+        `average_precision`, the mean of the streams'; and `flag_all_f1`, the F1 of calling every tag an outlier.
+    """
+    names = [name for name in output_names(config) if name in ("tag_logits", "image_logits")]
+    arrays = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
+    real = prediction.label_ids != IGNORED_LABEL
+    outlier = prediction.label_ids[real] == 0
+    results = {"flag_all_f1": 100 * f1_score(outlier, np.ones_like(outlier)), "num_images": len(real)}
+    for name, logits in zip(names, arrays, strict=True):
+        stream, suspicion = name.removesuffix("_logits"), 1 - _sigmoid(logits[real])
+        results[f"{stream}_f1"] = 100 * f1_score(outlier, suspicion > 1 - THRESHOLD, zero_division=0)
+        results[f"{stream}_average_precision"] = 100 * average_precision_score(outlier, suspicion)
+    ranked = [value for name, value in results.items() if name.endswith("average_precision")]
+    return {**results, "average_precision": sum(ranked) / len(ranked)}
+
+
 def format_metrics(metrics: dict[str, dict[str, float]]) -> str:
     """Metrics of several splits or models as a table for people; the keep-all row stands beside every F1."""
     rows = [("", "images", "precision", "recall", "F1", "F1, reducible images")]
@@ -99,6 +125,16 @@ def format_metrics(metrics: dict[str, dict[str, float]]) -> str:
         )
         for row in rows
     )
+
+
+def format_detection_metrics(figures: dict[str, float]) -> str:
+    """Metrics of outlier detection for people."""
+    lines = []
+    for stream in ("tag", "image"):
+        if f"{stream}_f1" in figures:
+            f1, average_precision = figures[f"{stream}_f1"], figures[f"{stream}_average_precision"]
+            lines.append(f"{stream} stream: F1 {f1:.2f}, average precision {average_precision:.2f}")
+    return "\n".join([*lines, f"calling every tag an outlier: F1 {figures['flag_all_f1']:.2f}"])
 
 
 def _percentages(figures: dict[str, float], prefix: str) -> list[str]:

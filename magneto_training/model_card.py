@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_magneto import MagnetoConfig, MagnetoProcessor
 
-from .arguments import DataArguments, MagnetoTrainingArguments, ModelArguments
+from .arguments import DataArguments, MagnetoTrainingArguments, ModelArguments, PretrainingDataArguments
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 CONFIG_FIELDS = (
@@ -23,7 +23,7 @@ CONFIG_FIELDS = (
     "objective",
     "auxiliary_loss_weight",
 )
-DATA_FIELDS = ("tag_add_ratio", "tag_drop_ratio", "min_crop_scale", "auto_augment")
+DATA_FIELDS = ("outlier_ratio", "tag_add_ratio", "tag_drop_ratio", "min_crop_scale", "auto_augment")
 TRAINING_FIELDS = (
     "optim",
     "optim_args",
@@ -43,7 +43,7 @@ def write_model_card(
     config: MagnetoConfig,
     processor: MagnetoProcessor,
     model_args: ModelArguments,
-    data_args: DataArguments,
+    data_args: DataArguments | PretrainingDataArguments,
     training_args: MagnetoTrainingArguments,
 ) -> None:
     """Write `output_dir/README.md`.
@@ -54,6 +54,7 @@ def write_model_card(
         config, processor: The model's.
         model_args, data_args, training_args: The run's arguments.
     """
+    pretrained = isinstance(data_args, PretrainingDataArguments)
     repo_id = training_args.hub_model_id or output_dir.name
     dataset_name = (
         Path(data_args.dataset_name).name if Path(data_args.dataset_name).exists() else data_args.dataset_name
@@ -70,28 +71,29 @@ def write_model_card(
         eval_results=[
             EvalResult(
                 task_type="zero-shot-image-classification",
-                task_name="Extractive tags summarization",
+                task_name="Outlier detection" if pretrained else "Extractive tags summarization",
                 dataset_type=dataset_name,
                 dataset_name=dataset_name,
                 dataset_split=split,
                 metric_type=metric,
-                metric_name=f"{metric} (keep-all F1 {figures['keep_all_f1']:.1f})",
+                metric_name=metric if pretrained else f"{metric} (keep-all F1 {figures['keep_all_f1']:.1f})",
                 metric_value=round(figures[metric], 2),
             )
             for split, figures in metrics.items()
-            for metric in ("f1", "precision", "recall")
+            for metric in (["average_precision"] if pretrained else ["f1", "precision", "recall"])
             if not math.isnan(figures[metric])
         ],
     )
     settings = {
         **{name: getattr(config, name) for name in CONFIG_FIELDS},
-        **{name: getattr(data_args, name) for name in DATA_FIELDS},
+        **{name: getattr(data_args, name) for name in DATA_FIELDS if hasattr(data_args, name)},
         **{name: getattr(training_args, name) for name in TRAINING_FIELDS},
     }
     vocabulary = processor.vocabulary
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
+        pretrained=pretrained,
         model_name=model_name,
         repo_id=repo_id,
         dataset_name=dataset_name,

@@ -1,5 +1,6 @@
 """Choosing the tags of a whole dataset: rows in, a Parquet file of scores and selected tags out."""
 
+import functools
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,16 +14,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor
 
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
 from modeling_magneto.modeling_magneto import MagnetoOutput
 
 from .arguments import PredictArguments, UserError
 from .evaluation import THRESHOLD, evaluate_selection, output_names, write_metrics
-from .tag_data import DataError, TagCollator, checked_split, load_tag_dataset
+from .initialization import load_source
+from .tag_data import DataError, OutlierDataset, TagCollator, checked_split, load_tag_dataset
 
 SCHEMA = pa.schema(
     [
@@ -40,13 +41,7 @@ def load_model(model_name_or_path: str) -> tuple[MagnetoForTagSummarization, Mag
     Raises:
         UserError: There is no such model, or it is no MAGNeto for tags summarization.
     """
-    try:
-        model = AutoModel.from_pretrained(model_name_or_path)
-        processor = AutoProcessor.from_pretrained(model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the model {model_name_or_path!r} cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+    model, processor = load_source(model_name_or_path)
     if not isinstance(model, MagnetoForTagSummarization):
         raise UserError(
             f"{model_name_or_path!r} holds a {type(model).__name__}, expected a MagnetoForTagSummarization"
@@ -127,15 +122,17 @@ def predict_batches(
         num_workers: Processes that read and decode photographs.
         threshold, top_k: As in `MagnetoProcessor.post_process`.
     """
-    collate = TagCollator(processor)
-    loader = DataLoader(
-        dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=lambda rows: (rows, collate(rows))
-    )
+    collate = functools.partial(_rows_and_batch, TagCollator(processor))
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     for rows, batch in loader:
         with torch.inference_mode():
             outputs = model(**{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"})
         results = processor.post_process(outputs, [row["tags"] for row in rows], threshold=threshold, top_k=top_k)
         yield PredictedBatch(rows, results, outputs, batch.get("labels"))
+
+
+def _rows_and_batch(collate: TagCollator, rows: list[dict]) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    return rows, collate(rows)
 
 
 def predict_dataset(
@@ -144,14 +141,15 @@ def predict_dataset(
     processor: MagnetoProcessor,
     dataset: Dataset,
     args: PredictArguments,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """Write `args.output_file`, and beside it the metrics where there is ground truth.
 
     Each process takes its own run of rows and writes a part; the parts are put together in order, so every row is
     there once, and `output_file` appears when it is complete.
 
     Returns:
-        The metrics on the main process, where there is ground truth; else None.
+        On the main process the metrics, where there is ground truth, and with `inject_outliers` the percentage of
+        images of which a strange tag was selected, `outlier_percent`; elsewhere nothing.
     """
     output_file = Path(args.output_file)
     parts = output_file.with_name(output_file.name + ".parts")
@@ -160,8 +158,13 @@ def predict_dataset(
         parts.mkdir(parents=True)
     accelerator.wait_for_everyone()
 
-    share = dataset.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
+    rows = dataset
+    if args.inject_outliers is not None:
+        rows = OutlierDataset(dataset, args.seed, processor.vocabulary, args.inject_outliers)
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    share = Subset(rows, range(len(rows) * rank // num_ranks, len(rows) * (rank + 1) // num_ranks))
     model.to(accelerator.device)
+    fooled: list[bool] = []  # of each image, whether a strange tag was selected
     known_labels: list[np.ndarray] = []
     selected: dict[str, list[np.ndarray]] = {
         name: [] for name in output_names(model.config) if name.endswith("logits")
@@ -174,18 +177,23 @@ def predict_dataset(
             writer.write_table(_to_table(batch))
             if batch.labels is not None:
                 _collect(batch, known_labels, selected)
+            if args.inject_outliers is not None:
+                fooled += [
+                    not set(row["outliers"]).isdisjoint(result["selected_tags"])
+                    for row, result in zip(batch.rows, batch.results, strict=True)
+                ]
             progress.update(len(batch.rows))
 
-    known_labels, selected = (
-        gather_object(known_labels),
-        {name: gather_object(rows) for name, rows in selected.items()},
-    )
+    known_labels, fooled = gather_object(known_labels), gather_object(fooled)
+    selected = {name: gather_object(lists) for name, lists in selected.items()}
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
-        return None
+        return {}
     _join_parts(parts, output_file)
-    metrics = evaluate_selection(selected, known_labels) if known_labels else None
-    if metrics is not None:
+    metrics = evaluate_selection(selected, known_labels) if known_labels else {}
+    if fooled:
+        metrics["outlier_percent"] = 100 * sum(fooled) / len(fooled)
+    if metrics:
         write_metrics(metrics_file(output_file), metrics)
     return metrics
 

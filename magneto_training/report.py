@@ -19,7 +19,7 @@ THUMBNAIL_SIZE = 240
 
 
 def write_report(
-    report_file: Path, prediction_file: Path, dataset: Dataset, metrics: dict[str, float] | None, num_images: int
+    report_file: Path, prediction_file: Path, dataset: Dataset, metrics: dict[str, float], num_images: int
 ) -> None:
     """Write a page with the first images of a prediction.
 
@@ -27,7 +27,7 @@ def write_report(
         report_file: The page to write.
         prediction_file: The Parquet file that `predict_dataset` wrote.
         dataset: The rows that were predicted, in the same order.
-        metrics: The prediction's metrics, where there is ground truth.
+        metrics: What `predict_dataset` returned.
         num_images: How many images to show.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -35,8 +35,8 @@ def write_report(
     page = template.render(
         title=prediction_file.name,
         num_images=len(dataset),
-        metrics=metrics,
-        metrics_table=format_metrics({prediction_file.stem: metrics}) if metrics else None,
+        metrics_table=format_metrics({prediction_file.stem: metrics}) if "f1" in metrics else None,
+        outlier_percent=metrics.get("outlier_percent"),
         items=list(_read_items(prediction_file, dataset, min(num_images, len(dataset)))),
     )
     partial = report_file.with_name(report_file.name + ".partial")

@@ -24,8 +24,8 @@ from PIL import Image
 from modeling_magneto import MagnetoProcessor
 from modeling_magneto.processing_magneto import normalize_tag, normalize_tags
 
-from .arguments import DataArguments, UserError
-from .augmentation import ImageAugmentation, TagAugmentation, example_seed
+from .arguments import DataArguments, PretrainingDataArguments, RowArguments, UserError
+from .augmentation import ImageAugmentation, TagAugmentation, draw_outliers, example_seed
 
 TABLE_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPLIT_NAMES = {
@@ -325,16 +325,40 @@ def load_training_splits(data_args: DataArguments, use_images: bool) -> dict[str
     """
     splits = load_tag_dataset(data_args.dataset_name, data_args.dataset_config_name)
     wanted = {"train": data_args.train_split, "validation": data_args.validation_split, "test": data_args.test_split}
-    checked = {}
-    for role, split in wanted.items():
-        if split not in splits:
-            if role == "test":
-                continue
-            raise DataError(f"{data_args.dataset_name}: split {split!r} is missing, found {', '.join(splits)}")
-        name = f"{data_args.dataset_name}, {split}"
-        rows = checked_split(splits[split], name, use_images, use_labels=True, skip_bad_rows=data_args.skip_bad_rows)
-        checked[role] = rows.select_columns(["item_id", "tags", "important_tags", *(["image"] if use_images else [])])
-    return checked
+    if data_args.test_split not in splits:
+        del wanted["test"]
+    return {role: _load_split(splits, split, data_args, use_images, use_labels=True) for role, split in wanted.items()}
+
+
+def load_pretraining_splits(data_args: PretrainingDataArguments, use_images: bool) -> dict[str, Dataset]:
+    """The checked rows of `train` and `validation`, without ground truth even where the dataset has it.
+
+    A dataset without the validation split, such as `unlabeled`, gives up a seeded share of its training split.
+
+    Raises:
+        DataError: A split or column is missing, or a row is bad.
+    """
+    splits = load_tag_dataset(data_args.dataset_name, data_args.dataset_config_name)
+    train = _load_split(splits, data_args.train_split, data_args, use_images, use_labels=False)
+    if data_args.validation_split in splits:
+        validation = _load_split(splits, data_args.validation_split, data_args, use_images, use_labels=False)
+        return {"train": train, "validation": validation}
+    if len(train) < 2:
+        raise DataError(f"{data_args.dataset_name} has {len(train)} row, expected 2 at least: one for validation")
+    size = max(1, int(data_args.validation_share * len(train)))
+    shares = train.train_test_split(test_size=size, seed=0)
+    return {"train": shares["train"], "validation": shares["test"]}
+
+
+def _load_split(
+    splits: DatasetDict, split: str, data_args: RowArguments, use_images: bool, use_labels: bool
+) -> Dataset:
+    if split not in splits:
+        raise DataError(f"{data_args.dataset_name}: split {split!r} is missing, found {', '.join(splits)}")
+    name = f"{data_args.dataset_name}, {split}"
+    rows = checked_split(splits[split], name, use_images, use_labels, data_args.skip_bad_rows)
+    columns = ["item_id", "tags", *(["important_tags"] if use_labels else []), *(["image"] if use_images else [])]
+    return rows.select_columns(columns)
 
 
 # ---------------------------------------------------------------------------------------------------------- vocabulary
@@ -351,8 +375,8 @@ def build_vocabulary(dataset: Dataset) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
-class AugmentedDataset(torch.utils.data.Dataset):
-    """Training rows that know the seed of their augmentation, which differs in every epoch.
+class SeededDataset(torch.utils.data.Dataset):
+    """Rows that know the seed of their random changes: the same whenever they are read.
 
     Args:
         dataset: Rows as of `load_tag_dataset`.
@@ -362,15 +386,25 @@ class AugmentedDataset(torch.utils.data.Dataset):
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
         self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.dataset[index], "seed": example_seed(self.seed, 0, index)}
+
+
+class AugmentedDataset(SeededDataset):
+    """Training rows, whose random changes differ in every epoch."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        super().__init__(dataset, seed)
         # Shared memory: workers that outlive an epoch see the next one too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader before each epoch."""
         self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
         return {**self.dataset[index], "seed": example_seed(self.seed, int(self._epoch), index)}
@@ -411,6 +445,15 @@ class TagCollator:
         self.tag_augmentation = tag_augmentation
         self.training = training
 
+    @classmethod
+    def for_training(
+        cls, processor: MagnetoProcessor, data_args: RowArguments, tag_augmentation: TagAugmentation | None = None
+    ) -> "TagCollator":
+        """A collator that augments photographs as the arguments say."""
+        image_size = processor.image_processor.crop_size["height"]
+        image_augmentation = ImageAugmentation(image_size, data_args.min_crop_scale, data_args.auto_augment)
+        return cls(processor, image_augmentation, tag_augmentation, training=True)
+
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         images = [row["image"] for row in rows] if self.processor.use_images else None
         tags = [row["tags"] for row in rows]
@@ -434,3 +477,51 @@ class TagCollator:
         if len(tags) > self.processor.max_tags:
             rng.shuffle(tags)  # which tags the cut spares is chance, not their place in the list
         return tags
+
+
+class OutlierCollator:
+    """Rows to a batch for outlier detection: every image gets strange tags, and a label says which tags are its own.
+
+    Ground truth is not looked at: a row's `important_tags`, if there are any, are replaced by its own tags.
+
+    Args:
+        collate: Makes the tensors; the training collator augments photographs.
+        outlier_ratio: Strange tags for each own tag, above 0.
+    """
+
+    def __init__(self, collate: TagCollator, outlier_ratio: float):
+        self.collate = collate
+        self.outlier_ratio = outlier_ratio
+        self.vocabulary = collate.processor.vocabulary
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        injected = [inject_outliers(row, self.vocabulary, self.outlier_ratio) for row in rows]
+        own = [{"important_tags": [tag for tag in row["tags"] if tag not in set(row["outliers"])]} for row in injected]
+        return self.collate([row | labels for row, labels in zip(injected, own, strict=True)])
+
+
+class OutlierDataset(SeededDataset):
+    """Rows to which strange tags have been added, for the outlier test (section 5.1): always the same ones.
+
+    Args:
+        dataset: Rows as of `load_tag_dataset`.
+        seed: Decides which tags.
+        vocabulary: All tags, normalised.
+        outlier_ratio: Strange tags for each own tag, above 0.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, vocabulary: Sequence[str], outlier_ratio: float):
+        super().__init__(dataset, seed)
+        self.vocabulary = vocabulary
+        self.outlier_ratio = outlier_ratio
+
+    def __getitem__(self, index: int) -> dict:
+        return inject_outliers(super().__getitem__(index), self.vocabulary, self.outlier_ratio)
+
+
+def inject_outliers(row: dict, vocabulary: Sequence[str], outlier_ratio: float) -> dict:
+    """A row with a seed, with strange tags behind its own, and named in `outliers`."""
+    tags = normalize_tags(row["tags"])
+    # The seed alone belongs to the augmentation; one more number keeps the two apart.
+    outliers = draw_outliers(tags, vocabulary, outlier_ratio, np.random.default_rng((row["seed"], 1)))
+    return {**row, "tags": tags + outliers, "outliers": outliers}

@@ -1,19 +1,18 @@
 """transformers' Trainer for MAGNeto: it also logs the separate losses and the mean gate."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
+from modeling_magneto import MagnetoConfig, MagnetoPreTrainedModel, MagnetoProcessor
 
-from .arguments import DataArguments, MagnetoTrainingArguments, UserError
-from .augmentation import ImageAugmentation, TagAugmentation
-from .evaluation import compute_metrics
-from .tag_data import AugmentedDataset, TagCollator
+from .arguments import MagnetoTrainingArguments, UserError
 
 LOGGED_LOSSES = ("final_loss", "tag_loss", "image_loss")
 # Trainer's own bookkeeping, of no interest beside a split's metrics.
@@ -26,38 +25,35 @@ class MagnetoTrainer(Trainer):
     Args:
         model: A new or loaded model.
         args: Training arguments.
-        data_args: Augmentation.
-        processor: The model's processor.
-        train_dataset, eval_dataset: Checked rows.
+        processor: The model's processor, saved with it.
+        train_dataset, eval_dataset: Checked rows, with seeds where the collator needs them.
+        train_collator, eval_collator: Rows to batches; training examples are augmented.
+        compute_metrics: Called with the collected outputs and the model's configuration.
     """
 
     def __init__(
         self,
-        model: MagnetoForTagSummarization,
+        model: MagnetoPreTrainedModel,
         args: MagnetoTrainingArguments,
-        data_args: DataArguments,
         processor: MagnetoProcessor,
-        train_dataset,
-        eval_dataset,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+        train_collator: Callable[[list[dict]], dict],
+        eval_collator: Callable[[list[dict]], dict],
+        compute_metrics: Callable[[EvalPrediction, MagnetoConfig], dict[str, float]],
     ):
-        config = model.config
-        self.eval_collator = TagCollator(processor)
-        self.train_collator = TagCollator(
-            processor,
-            ImageAugmentation(config.image_size, data_args.min_crop_scale, data_args.auto_augment),
-            TagAugmentation(processor.vocabulary, data_args.tag_add_ratio, data_args.tag_drop_ratio),
-            training=True,
-        )
+        self.train_collator = train_collator
+        self.eval_collator = eval_collator
         callbacks = []
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(
             model=model,
             args=args,
-            train_dataset=AugmentedDataset(train_dataset, args.seed),
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processor,
-            compute_metrics=functools.partial(compute_metrics, config=config),
+            compute_metrics=functools.partial(compute_metrics, config=model.config),
             callbacks=callbacks,
         )
         self._logged_sums: dict[str, torch.Tensor] = {}

@@ -86,6 +86,8 @@ class MagnetoConfig(PreTrainedConfig):
                 f"hidden_size is {self.hidden_size}, expected a multiple of "
                 f"num_attention_heads ({self.num_attention_heads})"
             )
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id is {self.pad_token_id}, expected an index below vocab_size")
         if self.num_trainable_backbone_stages < -1:
             raise ValueError(
                 f"num_trainable_backbone_stages is {self.num_trainable_backbone_stages}, "
@@ -96,7 +98,7 @@ class MagnetoConfig(PreTrainedConfig):
         """Dropout is a probability, and the weight of a loss is not negative."""
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, expected a probability in [0, 1)")
-        if self.auxiliary_loss_weight < 0:
+        if not 0 <= self.auxiliary_loss_weight < float("inf"):
             raise ValueError(f"auxiliary_loss_weight is {self.auxiliary_loss_weight}, expected at least 0")
 
 

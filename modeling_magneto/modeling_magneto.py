@@ -170,23 +170,54 @@ class MagnetoImageFeatureExtractor(nn.Module):
         self.train()
 
     def _find_frozen_modules(self, config: MagnetoConfig) -> list[nn.Module]:
-        """Modules of the backbone that hold parameters of frozen stages only."""
-        stages = group_parameters(self.backbone, self.backbone.group_matcher(coarse=True))
-        if config.num_trainable_backbone_stages > len(stages):
+        """Modules of the backbone all of whose parameters are frozen."""
+        stages = self._find_stages(config)
+        num_trainable = config.num_trainable_backbone_stages
+        if num_trainable > len(stages):
             raise ValueError(
-                f"num_trainable_backbone_stages is {config.num_trainable_backbone_stages}, "
+                f"num_trainable_backbone_stages is {num_trainable}, "
                 f"expected at most the {len(stages)} stages of {config.backbone}"
             )
-        if config.num_trainable_backbone_stages == -1:
-            return []
-        frozen_stages = sorted(stages)[: len(stages) - config.num_trainable_backbone_stages]
-        frozen = {name for stage in frozen_stages for name in stages[stage]}
+        trainable_stages = stages if num_trainable == -1 else stages[len(stages) - num_trainable :]
+        trainable = set().union(*trainable_stages)
         return [
             module
             for prefix, module in self.backbone.named_modules()
             if (names := {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()})
-            and names <= frozen
+            and names.isdisjoint(trainable)
         ]
+
+    def _find_stages(self, config: MagnetoConfig) -> list[set[str]]:
+        """Names of the parameters that the feature map depends on, from the stem to the top.
+
+        The stages are timm's coarse groups. Some backbones keep parts of their classifier, which nothing here uses,
+        and some have a last norm in a group of its own, which belongs to the stage before.
+        """
+        parameters = dict(self.backbone.named_parameters())
+        device, image_size = next(iter(parameters.values())).device, config.image_size
+        self.backbone.eval()
+        with torch.enable_grad():
+            try:
+                features = self.backbone.forward_features(torch.zeros(1, 3, image_size, image_size, device=device))
+            except (AssertionError, RuntimeError) as error:
+                raise ValueError(
+                    f"the backbone {config.backbone} cannot be used at {image_size} px: {error}"
+                ) from error
+            if features.ndim != 4:
+                raise ValueError(
+                    f"the backbone {config.backbone} returns {tuple(features.shape)}, "
+                    "expected a feature map (images, channels, height, width)"
+                )
+            gradients = torch.autograd.grad(features.sum(), parameters.values(), allow_unused=True)
+        used = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        stages: list[set[str]] = []
+        for _, group in sorted(group_parameters(self.backbone, self.backbone.group_matcher(coarse=True)).items()):
+            names = used.intersection(group)
+            if stages and all(parameters[name].ndim == 1 for name in names):
+                stages[-1] |= names
+            else:
+                stages.append(names)
+        return stages
 
     def train(self, mode: bool = True):
         """Sets the mode, but keeps frozen stages in eval mode: their batch-norm statistics never move."""
@@ -201,11 +232,6 @@ class MagnetoImageFeatureExtractor(nn.Module):
         # Convolutions are about twice as fast with the channels last, on CPUs and GPUs alike.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         features = self.backbone.forward_features(pixel_values)  # (B, C, h, w)
-        if features.ndim != 4:
-            raise ValueError(
-                f"the backbone {type(self.backbone).__name__} returns {tuple(features.shape)}, "
-                "expected a feature map (images, channels, height, width)"
-            )
         if self.channels_last:
             features = features.permute(0, 3, 1, 2)
         return self.norm(self.projection(features)).flatten(2).transpose(1, 2)

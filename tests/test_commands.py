@@ -16,7 +16,7 @@ import torch
 import yaml
 from transformers import AutoModel, AutoProcessor
 
-from modeling_magneto import MagnetoForTagSummarization
+from modeling_magneto import MagnetoForOutlierDetection, MagnetoForTagSummarization
 
 ROOT = Path(__file__).parent.parent
 ONE_PROCESS = [sys.executable]
@@ -149,6 +149,50 @@ def test_predictions_of_two_processes_equal_those_of_one(trained_dir, dataset_di
     trained = json.loads((trained_dir / "metrics.json").read_text())["test"]
     for name in ("precision", "recall", "f1", "tag_f1", "image_f1", "keep_all_f1", "reducible_f1"):
         assert metrics[name] == pytest.approx(trained[name]), name
+
+
+def test_pretraining_reads_no_labels_and_training_goes_on_from_it(config_file, dataset_dir, tmp_path):
+    unlabeled, pretrained = tmp_path / "unlabeled", tmp_path / "pretrained"
+    unlabeled.mkdir()
+    rows = datasets.Dataset.from_parquet(str(dataset_dir / "train.parquet")).remove_columns("important_tags")
+    rows.to_parquet(unlabeled / "train.parquet")
+    arguments = [config_file, "--num_train_epochs", 1]
+
+    run_well(ONE_PROCESS, "pretrain.py", *arguments, "--dataset_name", unlabeled, "--output_dir", pretrained)
+
+    metrics = json.loads((pretrained / "metrics.json").read_text())["validation"]
+    assert {"tag_f1", "image_f1", "tag_average_precision", "image_average_precision", "flag_all_f1"} <= set(metrics)
+    assert metrics["num_images"] == 4
+    assert isinstance(AutoModel.from_pretrained(pretrained), MagnetoForOutlierDetection)
+    assert "--init_from pretrained" in (pretrained / "README.md").read_text()
+
+    printed = run_well(
+        ONE_PROCESS, "train.py", *arguments, "--init_from", pretrained, "--output_dir", tmp_path / "model"
+    )
+    assert "the embeddings of 4 of 4 tags; started afresh: classifiers, gate" in printed
+
+
+def test_the_outlier_test_counts_images_that_keep_a_strange_tag(trained_dir, dataset_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model_name_or_path", str(trained_dir), "--dataset_name", str(dataset_dir), "--split", "train"]
+    arguments += ["--inject_outliers", "0.5", "--threshold", "0.4"]
+    for name in ("first", "again"):
+        argv = ["predict.py", *arguments, "--output_file", f"{name}.parquet"]
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(str(ROOT / "predict.py"), run_name="__main__")
+
+    predictions = pq.read_table("first.parquet").to_pylist()
+    assert predictions == pq.read_table("again.parquet").to_pylist()
+    rows = datasets.Dataset.from_parquet(str(dataset_dir / "train.parquet")).remove_columns("image")
+    fooled = 0
+    for predicted, row in zip(predictions, rows, strict=True):
+        strange = set(predicted["tags"]) - set(row["tags"])
+        assert predicted["tags"][: len(row["tags"])] == row["tags"]
+        assert bool(strange) == (len(row["tags"]) < 4)  # the vocabulary has four tags
+        fooled += not strange.isdisjoint(predicted["selected_tags"])
+    metrics = json.loads(Path("first.metrics.json").read_text())
+    assert metrics["outlier_percent"] == pytest.approx(100 * fooled / len(predictions)) and fooled > 0
+    assert metrics["keep_all_precision"] < 100 and metrics["num_images"] == 48
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from safetensors.torch import save_file
 
 from magneto_training.arguments import ModelArguments, UserError
 from magneto_training.backbone import prepare_backbone, resolve_normalization
-from modeling_magneto import MagnetoConfig, MagnetoModel
+from magneto_training.initialization import new_model
+from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoModel
 
 
 def make_model(config: MagnetoConfig, **changes) -> MagnetoModel:
@@ -16,20 +17,23 @@ def backbone_state(model: MagnetoModel) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.image_feature_extractor.backbone.state_dict().items()}
 
 
-@pytest.mark.parametrize("backbone, size", [("test_vit", 160), ("test_vit3", 160)])
-def test_a_backbone_without_a_feature_map_is_refused(tiny_config, backbone, size):
-    model = make_model(tiny_config, backbone=backbone, image_size=size)
+@pytest.mark.parametrize(
+    "backbone, size, kwargs, message",
+    [
+        ("test_vit", 160, None, "test_vit returns .* expected a feature map"),
+        ("swin_tiny_patch4_window7_224", 64, {"depths": (1, 1, 1, 1)}, "cannot be used at 64 px"),
+        ("resnet18", 64, {"pad_typ": "same"}, "pad_typ"),
+    ],
+)
+def test_a_backbone_that_cannot_be_used_is_refused(processor, backbone, size, kwargs, message):
+    arguments = ModelArguments(backbone=backbone, image_size=size, backbone_kwargs=kwargs)
+    with pytest.raises(UserError, match=message):
+        new_model(MagnetoForTagSummarization, processor, arguments)
 
-    with pytest.raises(UserError, match=f"backbone '{backbone}' cannot be used at 160 px: .*expected a feature map"):
-        prepare_backbone(model, "none")
 
-
-def test_a_backbone_of_another_image_size_is_refused(tiny_config):
-    kwargs = {"depths": (1, 1, 1, 1)}
-    model = make_model(tiny_config, backbone="swin_tiny_patch4_window7_224", image_size=64, backbone_kwargs=kwargs)
-
-    with pytest.raises(UserError, match="cannot be used at 64 px"):
-        prepare_backbone(model, "none")
+def test_a_single_region_is_warned_of(tiny_config):
+    with pytest.warns(UserWarning, match="single region at 32 px"):
+        prepare_backbone(make_model(tiny_config), "none")
 
 
 def test_random_weights_on_purpose_are_left_as_they_are(tiny_config):

@@ -113,7 +113,7 @@ def test_the_figures_stand_beside_keep_all(tmp_path):
 
 
 def test_without_ground_truth_nothing_is_called_a_mistake(tmp_path):
-    page = make_report(tmp_path, truth=None, metrics=None)
+    page = make_report(tmp_path, truth=None, metrics={})
     items = parse(page).items
 
     assert len(items) == 3

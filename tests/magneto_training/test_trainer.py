@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UserError
-from magneto_training.tag_data import load_training_splits
+from magneto_training.augmentation import TagAugmentation
+from magneto_training.evaluation import compute_metrics
+from magneto_training.tag_data import AugmentedDataset, TagCollator, load_training_splits
 from magneto_training.trainer import MagnetoTrainer, find_checkpoint
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
 
@@ -25,7 +27,18 @@ def make_trainer(tiny_config, processor, data_args, tmp_path):
         config = MagnetoConfig(**{**tiny_config.to_dict(), **(config_changes or {})})
         splits = load_training_splits(data_args, use_images=True)
         model = MagnetoForTagSummarization(config)
-        return MagnetoTrainer(model, args, data_args, processor, splits["train"], splits["validation"])
+        return MagnetoTrainer(
+            model,
+            args,
+            processor,
+            train_dataset=AugmentedDataset(splits["train"], args.seed),
+            eval_dataset=splits["validation"],
+            train_collator=TagCollator.for_training(
+                processor, data_args, TagAugmentation(processor.vocabulary, 0.5, 0.5)
+            ),
+            eval_collator=TagCollator(processor),
+            compute_metrics=compute_metrics,
+        )
 
     return make
 

@@ -1,0 +1,84 @@
+"""Pre-train MAGNeto without labels: accelerate launch pretrain.py CONFIG.yaml [--field value ...]
+
+The model learns to detect strange tags (section 5.2); train.py --init_from OUTPUT_DIR goes on from there.
+"""
+
+from pathlib import Path
+
+from transformers import set_seed
+
+from magneto_training.arguments import (
+    ModelArguments,
+    PretrainingArguments,
+    PretrainingDataArguments,
+    parse_arguments,
+    user_errors_in_one_line,
+)
+from magneto_training.backbone import resolve_normalization
+from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics, write_metrics
+from magneto_training.initialization import initialize_model, new_model
+from magneto_training.model_card import write_model_card
+from magneto_training.tag_data import (
+    AugmentedDataset,
+    OutlierCollator,
+    SeededDataset,
+    TagCollator,
+    build_vocabulary,
+    load_pretraining_splits,
+)
+from magneto_training.trainer import MagnetoTrainer, find_checkpoint
+from modeling_magneto import MagnetoForOutlierDetection, MagnetoProcessor
+
+
+def main() -> None:
+    model_args, data_args, training_args = parse_arguments(
+        (ModelArguments, PretrainingDataArguments, PretrainingArguments)
+    )
+    checkpoint = find_checkpoint(training_args)
+    set_seed(training_args.seed)
+
+    # Data: one process reads and checks, the others find its result in the cache.
+    use_images = model_args.streams != "tag"
+    with training_args.main_process_first(desc="reading the dataset"):
+        splits = load_pretraining_splits(data_args, use_images)
+        vocabulary = build_vocabulary(splits["train"])
+
+    # Model.
+    image_mean, image_std = resolve_normalization(model_args)
+    processor = MagnetoProcessor.from_vocabulary(
+        vocabulary, model_args.image_size, image_mean, image_std, model_args.max_tags, use_images
+    )
+    model = new_model(MagnetoForOutlierDetection, processor, model_args)
+    if checkpoint is None:
+        initialize_model(model, processor, model_args, training_args.seed)
+
+    # Training. The validation split's outliers are the same in every epoch.
+    validation = SeededDataset(splits["validation"], training_args.seed)
+    trainer = MagnetoTrainer(
+        model,
+        training_args,
+        processor,
+        train_dataset=AugmentedDataset(splits["train"], training_args.seed),
+        eval_dataset=validation,
+        train_collator=OutlierCollator(TagCollator.for_training(processor, data_args), data_args.outlier_ratio),
+        eval_collator=OutlierCollator(TagCollator(processor), data_args.outlier_ratio),
+        compute_metrics=compute_detection_metrics,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # Results.
+    metrics = {"validation": trainer.evaluate_split("validation", validation)}
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        output_dir = Path(training_args.output_dir)
+        write_metrics(output_dir / "metrics.json", metrics)
+        print(format_detection_metrics(metrics["validation"]))
+        write_model_card(output_dir, metrics, model.config, processor, model_args, data_args, training_args)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_line("pretrain.py"):
+        main()

@@ -1,0 +1,186 @@
+import gzip
+
+import pytest
+import torch
+
+from magneto_training.arguments import ModelArguments, UserError
+from magneto_training.initialization import copy_weights, init_tag_vectors, initialize_model
+from modeling_magneto import MagnetoConfig, MagnetoForOutlierDetection, MagnetoForTagSummarization, MagnetoProcessor
+
+
+@pytest.fixture
+def pretrained(tiny_config, processor):
+    """A pre-trained model of the four colours, every weight and statistic of it changed."""
+    model = MagnetoForOutlierDetection(tiny_config)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(1.0)
+    return model, processor
+
+
+def new_model(tiny_config, tags, **changes):
+    processor = MagnetoProcessor.from_vocabulary(tags, image_size=32)
+    config = MagnetoConfig(**{**tiny_config.to_dict(), "vocab_size": len(processor.tokenizer), **changes})
+    return MagnetoForTagSummarization(config), processor
+
+
+def test_everything_but_heads_and_gate_is_copied(tiny_config, pretrained):
+    model, processor = new_model(tiny_config, ["blue", "green", "red", "yellow"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    message = copy_weights(*pretrained, model, processor)
+
+    source = pretrained[0].state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, source[name] if name.startswith("magneto.") else before[name]), name
+    assert "4 of 4 tags" in message and message.endswith("started afresh: classifiers, gate")
+
+
+def test_embeddings_follow_their_tags_into_another_vocabulary(tiny_config, pretrained):
+    model, processor = new_model(tiny_config, ["amber", "red", "blue"])
+    fresh = model.magneto.tag_embedder.weight.clone()
+
+    message = copy_weights(*pretrained, model, processor)
+
+    source, copied = pretrained[0].magneto.tag_embedder.weight, model.magneto.tag_embedder.weight
+    for tag, index in processor.tokenizer.get_vocab().items():
+        known = pretrained[1].tokenizer.get_vocab().get(tag)
+        assert torch.equal(copied[index], fresh[index] if known is None else source[known]), tag
+    assert "2 of 3 tags" in message
+
+
+def test_copying_freezes_nothing_and_thaws_nothing(tiny_config, pretrained):
+    model, processor = new_model(tiny_config, ["red"], num_trainable_backbone_stages=1)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    copy_weights(*pretrained, model, processor)
+
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+
+
+def test_a_source_without_a_stream_leaves_that_stream_fresh_and_says_so(tiny_config, processor):
+    tag_only = MagnetoForOutlierDetection(MagnetoConfig(**{**tiny_config.to_dict(), "streams": "tag"}))
+    model, new_processor = new_model(tiny_config, ["blue", "green", "red", "yellow"])
+
+    message = copy_weights(tag_only, processor, model, new_processor)
+
+    assert "copied tag_encoder and" in message
+    assert "image_encoder, image_feature_extractor, tag_to_image_attention, classifiers, gate" in message
+
+
+def test_another_width_is_refused_by_name(tiny_config, pretrained):
+    model, processor = new_model(tiny_config, ["red"], hidden_size=32)
+    with pytest.raises(UserError, match=r"init_from: the weight .* is \(.*16.*\), expected \(.*32"):
+        copy_weights(*pretrained, model, processor)
+
+
+def test_a_saved_folder_is_copied_and_needs_no_backbone_weights(tiny_config, pretrained, tmp_path, capsys):
+    for part in pretrained:
+        part.save_pretrained(tmp_path)
+    model, processor = new_model(tiny_config, ["blue", "green", "red", "yellow"])
+
+    # The default backbone_weights, "pretrained", would have to be downloaded.
+    initialize_model(model, processor, ModelArguments(init_from=str(tmp_path)), seed=0)
+
+    copied = model.magneto.state_dict()
+    for name, tensor in pretrained[0].magneto.state_dict().items():
+        assert torch.equal(copied[name], tensor), name
+    assert f"{tmp_path}: copied" in capsys.readouterr().out
+
+
+def test_a_missing_folder_is_named(tiny_config, tmp_path):
+    model, processor = new_model(tiny_config, ["red"])
+    with pytest.raises(UserError, match="nowhere"):
+        initialize_model(model, processor, ModelArguments(init_from=str(tmp_path / "nowhere")), seed=0)
+
+
+# --------------------------------------------------------------------------------------------------------- tag vectors
+
+
+def write_vectors(path, words, header=False):
+    width = len(next(iter(words.values())))
+    lines = [f"{len(words)} {width}"] if header else []
+    lines += [" ".join([word, *map(str, numbers)]) for word, numbers in words.items()]
+    text = "\n".join(lines) + "\n"
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return str(path)
+
+
+def vector(seed, width=16):
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("name", ["glove.txt", "glove.txt.gz"])
+@pytest.mark.parametrize("header", [False, True], ids=["glove", "word2vec"])
+def test_vectors_of_the_same_width_are_taken_up_to_one_scale(tiny_config, tmp_path, name, header):
+    model, processor = new_model(tiny_config, ["red", "sea", "unheard of"])
+    fresh = model.magneto.tag_embedder.weight.clone()
+    words = {"the": vector(0), "Red": vector(1), "sea": vector(2)}
+
+    message = init_tag_vectors(model, processor, write_vectors(tmp_path / name, words, header), seed=0)
+
+    indices = processor.tokenizer.get_vocab()
+    found = model.magneto.tag_embedder.weight[[indices["red"], indices["sea"]]]
+    expected = torch.tensor([words["Red"], words["sea"]])
+    torch.testing.assert_close(found, expected / expected.std())
+    assert torch.equal(model.magneto.tag_embedder.weight[indices["unheard of"]], fresh[indices["unheard of"]])
+    assert "2 of 3 tags (66.7%)" in message
+
+
+def test_a_tag_of_several_words_is_the_mean_of_those_the_file_knows(tiny_config, tmp_path):
+    model, processor = new_model(tiny_config, ["big red dog", "new york", "dog"])
+    words = {"big": vector(0), "dog": vector(1), "new_york": vector(2), "new": vector(3), "york": vector(4)}
+
+    init_tag_vectors(model, processor, write_vectors(tmp_path / "vectors.txt", words), seed=0)
+
+    indices, weight = processor.tokenizer.get_vocab(), model.magneto.tag_embedder.weight.detach()
+    scale = torch.tensor(words["dog"]) / weight[indices["dog"]]
+    mean = (torch.tensor(words["big"]) + torch.tensor(words["dog"])) / 2
+    torch.testing.assert_close(weight[indices["big red dog"]] * scale, mean)
+    torch.testing.assert_close(weight[indices["new york"]] * scale, torch.tensor(words["new_york"]))
+
+
+@pytest.mark.parametrize("width", [5, 50])
+def test_vectors_of_another_width_are_projected_repeatably(tiny_config, tmp_path, width):
+    tags = [f"tag{index}" for index in range(30)]
+    file = write_vectors(tmp_path / "vectors.txt", {tag: vector(index, width) for index, tag in enumerate(tags)})
+    embeddings = []
+    for seed in (0, 0, 1):
+        model, processor = new_model(tiny_config, tags)
+        init_tag_vectors(model, processor, file, seed)
+        embeddings.append(model.magneto.tag_embedder.weight[2:].detach())
+
+    assert torch.equal(embeddings[0], embeddings[1]) and not torch.equal(embeddings[0], embeddings[2])
+    assert embeddings[0].std().item() == pytest.approx(1, abs=1e-5)
+    if width < 16:  # an orthogonal projection into more dimensions keeps every angle
+        original = torch.tensor([vector(index, width) for index in range(30)])
+        cosines = torch.nn.functional.cosine_similarity
+        torch.testing.assert_close(
+            cosines(embeddings[0][:1], embeddings[0]), cosines(original[:1], original), atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("red 1 2 3\nsea 1 2\n", "line 2: 2 numbers after the word, expected 3"),
+        ("red 1 two 3\n", "line 1: .*two"),
+        ("green 1 2 3\n", "knows none of the 2 tags"),
+    ],
+)
+def test_a_wrong_file_is_an_error_with_its_line(tiny_config, tmp_path, content, expected):
+    model, processor = new_model(tiny_config, ["red", "sea"])
+    (tmp_path / "vectors.txt").write_text(content)
+    with pytest.raises(UserError, match=expected):
+        init_tag_vectors(model, processor, str(tmp_path / "vectors.txt"), seed=0)
+
+
+def test_a_missing_or_damaged_file_is_named(tiny_config, tmp_path):
+    model, processor = new_model(tiny_config, ["red"])
+    (tmp_path / "vectors.txt.gz").write_bytes(b"no gzip")
+    for name in ("missing.txt", "vectors.txt.gz"):
+        with pytest.raises(UserError, match=f"{name}.*cannot be read"):
+            init_tag_vectors(model, processor, str(tmp_path / name), seed=0)
