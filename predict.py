@@ -9,12 +9,13 @@ from accelerate import Accelerator
 
 from magneto_training.arguments import PredictArguments, parse_arguments, user_errors_in_one_line
 from magneto_training.evaluation import format_metrics
-from magneto_training.prediction import load_model, load_prediction_split, predict_dataset
+from magneto_training.prediction import check_output_file, load_model, load_prediction_split, predict_dataset
 from magneto_training.report import write_report
 
 
 def main() -> None:
     (args,) = parse_arguments((PredictArguments,))
+    check_output_file(args)
     accelerator = Accelerator()
     model, processor = load_model(args.model_name_or_path)
     with accelerator.main_process_first():

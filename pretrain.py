@@ -26,7 +26,7 @@ from magneto_training.tag_data import (
     build_vocabulary,
     load_pretraining_splits,
 )
-from magneto_training.trainer import MagnetoTrainer, find_checkpoint
+from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoForOutlierDetection, MagnetoProcessor
 
 
@@ -51,6 +51,8 @@ def main() -> None:
     model = new_model(MagnetoForOutlierDetection, processor, model_args)
     if checkpoint is None:
         initialize_model(model, processor, model_args, training_args.seed)
+    else:
+        check_checkpoint(checkpoint, model.config)
 
     # Training. The validation split's outliers are the same in every epoch.
     validation = SeededDataset(splits["validation"], training_args.seed)
@@ -74,7 +76,8 @@ def main() -> None:
         output_dir = Path(training_args.output_dir)
         write_metrics(output_dir / "metrics.json", metrics)
         print(format_detection_metrics(metrics["validation"]))
-        write_model_card(output_dir, metrics, model.config, processor, model_args, data_args, training_args)
+        repo_id = trainer.hub_model_id or output_dir.name
+        write_model_card(output_dir, repo_id, metrics, model.config, processor, model_args, data_args, training_args)
     if training_args.push_to_hub:
         trainer.push_to_hub()
 

@@ -17,7 +17,7 @@ from magneto_training.evaluation import compute_metrics, format_metrics, write_m
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
 from magneto_training.tag_data import AugmentedDataset, TagCollator, build_vocabulary, load_training_splits
-from magneto_training.trainer import MagnetoTrainer, find_checkpoint
+from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
 
 
@@ -40,6 +40,8 @@ def main() -> None:
     model = new_model(MagnetoForTagSummarization, processor, model_args)
     if checkpoint is None:
         initialize_model(model, processor, model_args, training_args.seed)
+    else:
+        check_checkpoint(checkpoint, model.config)
 
     # Training.
     tag_augmentation = TagAugmentation(vocabulary, data_args.tag_add_ratio, data_args.tag_drop_ratio)
@@ -63,7 +65,8 @@ def main() -> None:
         output_dir = Path(training_args.output_dir)
         write_metrics(output_dir / "metrics.json", metrics)
         print(format_metrics(metrics))
-        write_model_card(output_dir, metrics, model.config, processor, model_args, data_args, training_args)
+        repo_id = trainer.hub_model_id or output_dir.name
+        write_model_card(output_dir, repo_id, metrics, model.config, processor, model_args, data_args, training_args)
     if training_args.push_to_hub:
         trainer.push_to_hub()
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
@@ -152,12 +152,20 @@ class MagnetoTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = _option(True, "Save the best epoch, not the last one.")
     metric_for_best_model: str | None = _option("f1", "What the best epoch is best in, on validation.")
     greater_is_better: bool | None = _option(True, "Whether more of that is better.")
-    report_to: str = _option("tensorboard", "Where the training curves go.")
+    report_to: None | str | list[str] = _option("tensorboard", "Where the training curves go.")
     remove_unused_columns: bool = _option(False, "Our collator needs all columns.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")
     early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better figure.")
 
     def __post_init__(self):
+        for name in ("learning_rate", "num_train_epochs"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
+            raise UsageError(f"optim_args is {self.optim_args!r}, expected name=value, separated by commas")
         super().__post_init__()
         if not torch.accelerator.is_available():  # nothing to pin memory for, and PyTorch would warn
             self.dataloader_pin_memory = False
@@ -225,8 +233,8 @@ def parse_arguments(argument_classes: Sequence[type], argv: Sequence[str] | None
     options = {"help", *fields, *(f"no_{name}" for name in fields)}
     from_file = []
     if argv and not argv[0].startswith("-"):
-        settings = _read_yaml(Path(argv.pop(0)), options)
-        parser.set_defaults(**{name: None for name, value in settings.items() if value is None})
+        settings = _read_yaml(Path(argv.pop(0)), fields)
+        parser.set_defaults(**_read_nulls(settings, argument_classes))
         from_file = [part for name, value in settings.items() for part in _to_arguments(name, value)]
     for argument in argv:
         if argument.startswith("--"):
@@ -235,7 +243,7 @@ def parse_arguments(argument_classes: Sequence[type], argv: Sequence[str] | None
         *instances, rest = parser.parse_args_into_dataclasses([*from_file, *argv], return_remaining_strings=True)
     except UsageError:
         raise
-    except ValueError as error:  # from the dataclasses' own checks
+    except (ValueError, ImportError) as error:  # from the dataclasses' own checks
         raise UsageError(" ".join(str(error).split())) from None
     if rest:
         raise UsageError(f"found {rest[0]!r} on the command line, expected --field value")
@@ -256,6 +264,18 @@ def _read_yaml(path: Path, options: set[str]) -> dict[str, Any]:
     for name in settings:
         _check_known(str(name), options, str(path))
     return settings
+
+
+def _read_nulls(settings: dict[str, Any], argument_classes: Sequence[type]) -> dict[str, None]:
+    """The fields that are null in the file, all of which may be."""
+    types = {
+        name: kind for argument_class in argument_classes for name, kind in get_type_hints(argument_class).items()
+    }
+    nulls = {name: None for name, value in settings.items() if value is None}
+    for name in nulls:
+        if type(None) not in get_args(types[name]):
+            raise UsageError(f"{name} is null, expected a value")
+    return nulls
 
 
 def _to_arguments(name: str, value: Any) -> list[str]:
@@ -280,6 +300,6 @@ def user_errors_in_one_line(command: str):
     """Ends the process with one line on standard error where the user can put things right."""
     try:
         yield
-    except UserError as error:
-        print(f"{command}: error: {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:  # also a full disk, or a folder that cannot be written
+        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -15,6 +15,7 @@ from transformers import EvalPrediction
 
 from modeling_magneto import MagnetoConfig
 from modeling_magneto.loss_magneto import IGNORED_LABEL, OBJECTIVES
+from modeling_magneto.selection_magneto import select
 
 from .arguments import UsageError, UserError, user_errors_in_one_line
 
@@ -67,9 +68,7 @@ def compute_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[s
     names = output_names(config)
     arrays = dict(zip(names, prediction.predictions, strict=True))
     labels = prediction.label_ids
-    selected = {
-        name: list((_sigmoid(arrays[name]) >= THRESHOLD).astype(np.int8)) for name in names if name.endswith("logits")
-    }
+    selected = {name: list(_select(arrays[name], labels)) for name in names if name.endswith("logits")}
     results = evaluate_selection(selected, list(labels.astype(np.int8)))
     if config.streams == "both":
         objective = OBJECTIVES[config.objective]
@@ -163,6 +162,12 @@ def _without_nan(value):
     if isinstance(value, dict):
         return {name: _without_nan(item) for name, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _select(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What the paper's rule selects, 0/1 (images, L)."""
+    scores, mask = torch.from_numpy(_sigmoid(logits)), torch.from_numpy(labels != IGNORED_LABEL)
+    return select(scores, mask, THRESHOLD).numpy().astype(np.int8)
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:

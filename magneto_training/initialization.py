@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
 
 from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
@@ -63,7 +65,7 @@ def load_source(folder: str) -> tuple[MagnetoPreTrainedModel, MagnetoProcessor]:
     """
     try:
         model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"the model {folder!r} cannot be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(model, MagnetoPreTrainedModel):
         raise UserError(f"{folder!r} holds a {type(model).__name__}, expected a MAGNeto model")

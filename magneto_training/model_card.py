@@ -39,6 +39,7 @@ TRAINING_FIELDS = (
 
 def write_model_card(
     output_dir: Path,
+    repo_id: str,
     metrics: dict[str, dict[str, float]],
     config: MagnetoConfig,
     processor: MagnetoProcessor,
@@ -50,12 +51,12 @@ def write_model_card(
 
     Args:
         output_dir: The trained folder.
+        repo_id: What the model is called on the Hub, or the folder's name.
         metrics: Metrics of each split, as in `metrics.json`.
         config, processor: The model's.
         model_args, data_args, training_args: The run's arguments.
     """
     pretrained = isinstance(data_args, PretrainingDataArguments)
-    repo_id = training_args.hub_model_id or output_dir.name
     dataset_name = (
         Path(data_args.dataset_name).name if Path(data_args.dataset_name).exists() else data_args.dataset_name
     )

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
+from modeling_magneto.loss_magneto import IGNORED_LABEL
 from modeling_magneto.modeling_magneto import MagnetoOutput
+from modeling_magneto.selection_magneto import select
 
 from .arguments import PredictArguments, UserError
 from .evaluation import THRESHOLD, evaluate_selection, output_names, write_metrics
@@ -49,6 +51,17 @@ def load_model(model_name_or_path: str) -> tuple[MagnetoForTagSummarization, Mag
     return model.eval(), processor
 
 
+def check_output_file(args: PredictArguments) -> None:
+    """Raise `UserError` before the work where the result could not be written after it."""
+    output_file = Path(args.output_file)
+    if output_file.is_dir():
+        raise UserError(f"output_file {args.output_file!r} is a folder, expected the name of a file")
+    try:
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_file {args.output_file!r} cannot be written: {error.strerror}") from None
+
+
 def load_prediction_split(args: PredictArguments, use_images: bool) -> Dataset:
     """The checked rows to predict; ground truth is checked where it is there.
 
@@ -58,12 +71,23 @@ def load_prediction_split(args: PredictArguments, use_images: bool) -> Dataset:
     splits = load_tag_dataset(args.dataset_name, args.dataset_config_name)
     split = _choose_split(splits, args)
     dataset = splits[split]
-    columns = ["item_id", "tags", *(["important_tags"] if "important_tags" in dataset.column_names else [])]
-    if use_images or "image" in dataset.column_names:  # a tag-only model's report shows the photographs all the same
-        columns.append("image")
     use_labels = has_ground_truth(dataset)
-    dataset = checked_split(dataset, f"{args.dataset_name}, {split}", use_images, use_labels, args.skip_bad_rows)
-    return dataset.select_columns(columns if use_labels else [name for name in columns if name != "important_tags"])
+    dataset = checked_split(
+        dataset,
+        f"{args.dataset_name}, {split}",
+        use_images,
+        use_labels,
+        args.skip_bad_rows,
+        allow_unlabeled=True,
+    )
+    # A tag-only model's report shows the photographs all the same.
+    columns = ["item_id", "tags", "image", *(["important_tags"] if use_labels else [])]
+    return dataset.select_columns([name for name in columns if name in dataset.column_names])
+
+
+def without_images(dataset: Dataset) -> Dataset:
+    """The same rows, of which no photograph will be decoded."""
+    return dataset.select_columns([name for name in dataset.column_names if name != "image"])
 
 
 def has_ground_truth(dataset: Dataset) -> bool:
@@ -158,9 +182,9 @@ def predict_dataset(
         parts.mkdir(parents=True)
     accelerator.wait_for_everyone()
 
-    rows = dataset
+    rows = dataset if processor.use_images else without_images(dataset)
     if args.inject_outliers is not None:
-        rows = OutlierDataset(dataset, args.seed, processor.vocabulary, args.inject_outliers)
+        rows = OutlierDataset(rows, args.seed, processor.vocabulary, args.inject_outliers)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     share = Subset(rows, range(len(rows) * rank // num_ranks, len(rows) * (rank + 1) // num_ranks))
     model.to(accelerator.device)
@@ -176,7 +200,7 @@ def predict_dataset(
         ):
             writer.write_table(_to_table(batch))
             if batch.labels is not None:
-                _collect(batch, known_labels, selected)
+                _collect(batch, known_labels, selected, args)
             if args.inject_outliers is not None:
                 fooled += [
                     not set(row["outliers"]).isdisjoint(result["selected_tags"])
@@ -215,19 +239,15 @@ def _to_table(batch: PredictedBatch) -> pa.Table:
     )
 
 
-def _collect(batch: PredictedBatch, known_labels: list, selected: dict[str, list]) -> None:
-    """Keep what the metrics need: labels, and what each output selects, one small array for each image."""
-    real = batch.labels >= 0
-    known_labels += [row[mask].numpy().astype(np.int8) for row, mask in zip(batch.labels, real, strict=True)]
+def _collect(batch: PredictedBatch, known_labels: list, selected: dict[str, list], args: PredictArguments) -> None:
+    """Keep what the metrics need of images with ground truth: labels, and what each output selects."""
+    real = batch.labels != IGNORED_LABEL  # (B, L)
+    labelled = real.any(-1).nonzero().flatten().tolist()
+    known_labels += [batch.labels[index, real[index]].numpy().astype(np.int8) for index in labelled]
     for name, rows in selected.items():
-        if name == "logits":  # the rule in force
-            rows += [
-                np.array([tag in set(result["selected_tags"]) for tag, _ in result["tags"]], np.int8)
-                for result in batch.results
-            ]
-        else:
-            kept = (torch.sigmoid(batch.outputs[name].float()) >= THRESHOLD).cpu()
-            rows += [row[mask].numpy().astype(np.int8) for row, mask in zip(kept, real, strict=True)]
+        scores = torch.sigmoid(batch.outputs[name].float()).cpu()
+        kept = select(scores, real, args.threshold, args.top_k)
+        rows += [kept[index, real[index]].numpy().astype(np.int8) for index in labelled]
 
 
 def _join_parts(parts: Path, output_file: Path) -> None:

@@ -5,10 +5,11 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import jinja2
 import pyarrow.parquet as pq
 from datasets import Dataset
-from PIL import Image
+from PIL import Image, ImageOps
 
 from modeling_magneto.processing_magneto import normalize_tag
 
@@ -47,32 +48,38 @@ def write_report(
 def _read_items(prediction_file: Path, dataset: Dataset, num_images: int) -> Iterator[dict]:
     predictions = pq.ParquetFile(prediction_file)
     shown = next(predictions.iter_batches(batch_size=max(num_images, 1))).to_pylist() if num_images else []
+    if "image" in dataset.column_names:
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
     for prediction, row in zip(shown, dataset.select(range(num_images)), strict=True):
         selected = set(prediction["selected_tags"])
-        important = {normalize_tag(tag) for tag in row["important_tags"]} if "important_tags" in row else None
+        important = {normalize_tag(tag) for tag in row.get("important_tags") or ()}
         tags = [
             {
                 "name": tag,
                 "score": score,
                 "selected": tag in selected,
-                "important": important is not None and tag in important,
-                "wrong": important is not None and (tag in selected) != (tag in important),
+                "important": tag in important,
+                "wrong": bool(important) and (tag in selected) != (tag in important),
             }
             for tag, score in zip(prediction["tags"], prediction["scores"], strict=True)
         ]
         yield {
             "item_id": prediction["item_id"],
-            "image": _thumbnail(row["image"]) if "image" in row else None,
+            "image": _thumbnail(row.get("image")),
             "tags": sorted(tags, key=lambda tag: -tag["score"]),
-            "known": important is not None,
             "wrong": any(tag["wrong"] for tag in tags),
         }
 
 
-def _thumbnail(image: Image.Image) -> str:
-    """A small JPEG as a data address."""
-    image = image.convert("RGB")
-    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+def _thumbnail(image: dict | None) -> str | None:
+    """A small JPEG as a data address; none for a photograph that a tag-only model needed not read."""
+    try:
+        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+            opened.draft("RGB", (THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+            thumbnail = ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, SyntaxError, TypeError):
+        return None
+    thumbnail.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
+    thumbnail.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

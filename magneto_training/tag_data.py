@@ -4,6 +4,8 @@ Rows are `{item_id, image, tags, important_tags}`. Whatever `load_dataset` takes
 checked once, and `TagCollator` turns rows into the model's tensors.
 """
 
+import ast
+import csv
 import hashlib
 import io
 import os
@@ -18,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from PIL import Image
 
 from modeling_magneto import MagnetoProcessor
@@ -27,11 +29,11 @@ from modeling_magneto.processing_magneto import normalize_tag, normalize_tags
 from .arguments import DataArguments, PretrainingDataArguments, RowArguments, UserError
 from .augmentation import ImageAugmentation, TagAugmentation, draw_outliers, example_seed
 
-TABLE_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
-SPLIT_NAMES = {
-    "train": re.compile(r"train", re.IGNORECASE),
-    "validation": re.compile(r"validation|valid|val|dev", re.IGNORECASE),
-    "test": re.compile(r"test|eval", re.IGNORECASE),
+TABLE_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SPLIT_WORDS = {
+    "train": "train",
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "eval"), "test"),
 }
 MAX_REPORTED_ITEMS = 5
 ROWS_PER_CHECKING_PROCESS = 50_000
@@ -62,62 +64,90 @@ def load_tag_dataset(dataset_name: str, dataset_config_name: str | None = None) 
     folder = Path(dataset_name)
     try:
         tables = _find_tables(folder) if folder.is_dir() else {}
-        if tables:
-            builder = TABLE_BUILDERS[next(iter(tables.values()))[0].suffix.lower()]
-            files = {split: [str(path) for path in paths] for split, paths in tables.items()}
-            splits = load_dataset(builder, data_files=files)
-        else:
+        if not tables:
             splits = load_dataset(dataset_name, dataset_config_name)
+            return DatasetDict(
+                {
+                    name: _with_standard_columns(split, f"{dataset_name}, {name}", None)
+                    for name, split in splits.items()
+                }
+            )
+        parts: dict[str, list[Dataset]] = {}
+        for (split, parent), paths in tables.items():  # an image path is relative to its own table
+            part = _load_tables(paths)
+            parts.setdefault(split, []).append(_with_standard_columns(part, f"{dataset_name}, {split}", parent))
+        return DatasetDict({split: concatenate_datasets(found) for split, found in parts.items()})
     except DataError:
         raise
     except Exception as error:  # datasets raises errors of many libraries; the user wants to know which dataset
         cause = error.__cause__ or error  # "An error occurred" says nothing; what it came from does
+        if isinstance(cause, DataError):
+            raise cause from error
         reason = " ".join(str(cause).split())
         raise DataError(f"the dataset {dataset_name!r} cannot be loaded: {type(cause).__name__}: {reason}") from error
-    folders = {split: sorted({path.parent for path in paths}) for split, paths in tables.items()}
-    elsewhere = [folder] if folder.is_dir() else []  # Parquet tables whose images are paths
-    return DatasetDict(
-        {
-            name: _with_standard_columns(split, f"{dataset_name}, {name}", folders.get(name, elsewhere))
-            for name, split in splits.items()
+
+
+def _load_tables(paths: list[Path]) -> Dataset:
+    builder, options = TABLE_BUILDERS[paths[0].suffix.lower()], {}
+    if builder == "csv":
+        # Every cell as it is written: an id keeps its zeros, and a tag may be called "null".
+        with paths[0].open(encoding="utf-8-sig", newline="") as file:
+            header = next(csv.reader(file), [])
+        options = {
+            "features": datasets.Features({name: datasets.Value("string") for name in header}),
+            "keep_default_na": False,
         }
-    )
+    return load_dataset(builder, data_files=list(map(str, paths)), split="train", **options)
 
 
-def _find_tables(folder: Path) -> dict[str, list[Path]]:
-    """CSV and JSON tables below a folder, by split; none where a README or Parquet files say what the dataset is.
+def _find_tables(folder: Path) -> dict[tuple[str, Path], list[Path]]:
+    """The tables below a folder by split and parent folder; none where `load_dataset` knows what the dataset is.
 
-    `load_dataset` alone would take a folder with more photographs than tables for an image folder.
+    It knows from a README, and from the `metadata` tables of its image folders. Without them it would take a folder
+    with more photographs than tables for an image folder.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     tables = [path for path in files if path.suffix.lower() in TABLE_BUILDERS]
-    if not tables or (folder / "README.md").exists() or any(path.suffix == ".parquet" for path in files):
+    tables = [path for path in tables if not path.name.endswith(".metrics.json")]  # what predict.py writes
+    if (folder / "README.md").exists() or any(map(_describes_image_folder, tables)):
         return {}
-    if len({TABLE_BUILDERS[path.suffix.lower()] for path in tables}) > 1:
-        raise DataError(f"{folder} holds both CSV and JSON tables, expected one kind")
-    splits = {}
-    for path in tables:
-        names = [
-            split for split, pattern in SPLIT_NAMES.items() if pattern.search(path.relative_to(folder).as_posix())
-        ]
-        splits.setdefault(names[0] if names else "train", []).append(path)
+    kinds = sorted({TABLE_BUILDERS[path.suffix.lower()] for path in tables})
+    if len(kinds) > 1:
+        raise DataError(f"{folder} holds tables of several kinds ({', '.join(kinds)}), expected one kind")
+    splits: dict[tuple[str, Path], list[Path]] = {}
+    for path in sorted(tables, key=lambda path: list(SPLIT_WORDS.values()).index(_split_of(path, folder))):
+        splits.setdefault((_split_of(path, folder), path.parent), []).append(path)
     return splits
 
 
-def _with_standard_columns(dataset: Dataset, where: str, table_folders: Sequence[Path]) -> Dataset:
+def _split_of(path: Path, folder: Path) -> str:
+    """What a table's name, or else a folder's, says: `data/test-00001.csv` is of the split test."""
+    words = re.split(r"[^a-z]+", path.relative_to(folder).with_suffix("").as_posix().lower())
+    return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), "train")
+
+
+def _describes_image_folder(path: Path) -> bool:
+    if path.stem != "metadata":
+        return False
+    with path.open("rb") as file:
+        return b"file_name" in file.readline()
+
+
+def _with_standard_columns(dataset: Dataset, where: str, table_folder: Path | None) -> Dataset:
     features = dict(dataset.features)
     text_columns = [
         name for name in ("tags", "important_tags") if name in features and _is_text(features[name])
     ]  # "sky, water" instead of a list
-    paths = "image" in features and _is_text(features["image"])
+    paths = table_folder is not None and "image" in features and _is_text(features["image"])
     if text_columns or paths:
         dataset = dataset.map(
             _parse_table_rows,
             batched=True,
             fn_kwargs={
                 "text_columns": text_columns,
-                "folders": list(map(str, table_folders)) if paths else None,
-                "state": _state_of_files(table_folders) if paths else None,
+                "folder": str(table_folder) if paths else None,
+                "state": _state_of_files(table_folder) if paths else None,
             },
             desc=f"Reading {where}",
         )
@@ -139,36 +169,44 @@ def _is_text(feature) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def _state_of_files(folders: Sequence[Path]) -> str:
-    """A digest that changes with any file below the folders."""
-    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+def _state_of_files(folder: Path) -> str:
+    """A digest that changes with any file below the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
-def _parse_table_rows(rows: dict, text_columns: list[str], folders: list[str] | None, state: str | None) -> dict:
+def _parse_table_rows(rows: dict, text_columns: list[str], folder: str | None, state: str | None) -> dict:
     """`state` is for `datasets` alone: what it has cached of photographs, their check too, ends when they change."""
-    parsed = {
-        name: [[tag.strip() for tag in text.split(",")] if text else [] for text in rows[name]]
-        for name in text_columns
-    }
-    if folders is not None:
-        parsed["image"] = [_resolve_image(path, folders) for path in rows["image"]]
+    parsed = {name: [_split_tags(text, name) for text in rows[name]] for name in text_columns}
+    if folder is not None:
+        parsed["image"] = [_resolve_image(path, folder) for path in rows["image"]]
     return parsed
 
 
-def _resolve_image(path: str | None, folders: Sequence[str]) -> str | None:
+def _split_tags(text: str | None, column: str) -> list[str]:
+    """`sky, sea`, `["sky", "sea"]` or `['sky', 'sea']`."""
+    text = (text or "").strip()
+    if not text.startswith("["):
+        return [tag.strip() for tag in text.split(",")] if text else []
+    try:
+        tags = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        tags = None
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise DataError(f"{column} holds {text[:80]!r}, expected a list of texts, or tags separated by commas")
+    return tags
+
+
+def _resolve_image(path: str | None, folder: str) -> str | None:
     """A photograph's path, relative to the table that names it and inside its folder."""
-    found = {}
-    for folder in folders:
+    try:
         resolved = os.path.realpath(os.path.join(folder, path or ""))
-        if not Path(resolved).is_relative_to(os.path.realpath(folder)):
-            raise DataError(f"image path {path!r} leaves {folder}, expected a path inside it")
-        if os.path.isfile(resolved):
-            found[resolved] = folder
-    if len(found) > 1:
-        raise DataError(f"image path {path!r} is found in {' and in '.join(found.values())}, expected it in one")
-    return next(iter(found), None)  # none is reported with its item id by `check_rows`
+    except ValueError:  # a null byte
+        return None
+    if not Path(resolved).is_relative_to(os.path.realpath(folder)):
+        raise DataError(f"image path {path!r} leaves {folder}, expected a path inside it")
+    return resolved if os.path.isfile(resolved) else None  # none is reported with its item id by `check_rows`
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
@@ -207,7 +245,9 @@ def check_columns(dataset: Dataset, name: str, columns: Sequence[str]) -> None:
             raise DataError(f"{name}: column {column!r} is missing, found {', '.join(dataset.column_names)}")
 
 
-def check_rows(dataset: Dataset, name: str, use_images: bool, use_labels: bool) -> RowReport:
+def check_rows(
+    dataset: Dataset, name: str, use_images: bool, use_labels: bool, allow_unlabeled: bool = False
+) -> RowReport:
     """Check every row once; `datasets` keeps the result, so a second run over the same data does not check again.
 
     Args:
@@ -215,6 +255,7 @@ def check_rows(dataset: Dataset, name: str, use_images: bool, use_labels: bool) 
         name: Dataset and split, for messages.
         use_images: Decode every photograph.
         use_labels: Check that `important_tags` is a non-empty subset of `tags`.
+        allow_unlabeled: It may be empty, where the ground truth is unknown.
 
     Raises:
         DataError: A column is missing.
@@ -227,6 +268,7 @@ def check_rows(dataset: Dataset, name: str, use_images: bool, use_labels: bool) 
     checked = checked.with_format("arrow").map(
         _find_problems,
         batched=True,
+        fn_kwargs={"allow_unlabeled": allow_unlabeled},
         remove_columns=columns,
         features=datasets.Features({"problem": datasets.Value("string"), "item_id": datasets.Value("string")}),
         # Small data is checked before another process has started.
@@ -246,7 +288,7 @@ def _column(dataset: Dataset, name: str) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
-def _find_problems(rows: pa.Table) -> pa.Table:
+def _find_problems(rows: pa.Table, allow_unlabeled: bool) -> pa.Table:
     """The first problem of each row, or null. Works on Arrow columns: 30 million tags take seconds."""
     problems = np.full(len(rows), None, dtype=object)
 
@@ -261,11 +303,12 @@ def _find_problems(rows: pa.Table) -> pa.Table:
     report(np.isin(np.arange(len(rows)), tag_rows[tag_codes == -1]), "an empty tag")
     if "important_tags" in rows.column_names:
         important_rows, important_codes, names, num_important = _encode(rows["important_tags"], names)
-        report(num_important == 0, "no important_tags")
+        if not allow_unlabeled:
+            report(num_important == 0, "no important_tags")
         base = len(names) + 1  # one more, so that the -1 of an empty tag is not the last code of the row before
         owned = np.isin(important_rows * base + important_codes, tag_rows * base + tag_codes)
         report(np.isin(np.arange(len(rows)), important_rows[~owned]), "important_tags that are not among tags")
-    report(pc.is_null(rows["item_id"]).to_numpy(), "no item_id")
+    report(pc.equal(pc.fill_null(rows["item_id"], ""), "").to_numpy(), "no item_id")
     return pa.table({"problem": pa.array(problems, pa.string()), "item_id": rows["item_id"]})
 
 
@@ -300,13 +343,20 @@ def _is_readable(image: dict | None) -> bool:
     return True
 
 
-def checked_split(dataset: Dataset, name: str, use_images: bool, use_labels: bool, skip_bad_rows: bool) -> Dataset:
+def checked_split(
+    dataset: Dataset,
+    name: str,
+    use_images: bool,
+    use_labels: bool,
+    skip_bad_rows: bool,
+    allow_unlabeled: bool = False,
+) -> Dataset:
     """The split when all its rows are good; otherwise an error, or the good rows with `skip_bad_rows`.
 
     Raises:
         DataError: A row is bad (the message counts the problems and names item ids), or no good row is left.
     """
-    report = check_rows(dataset, name, use_images, use_labels)
+    report = check_rows(dataset, name, use_images, use_labels, allow_unlabeled)
     if not report.problems:
         return dataset
     if not skip_bad_rows:

@@ -1,12 +1,13 @@
 """transformers' Trainer for MAGNeto: it also logs the separate losses and the mean gate."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedConfig, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -108,10 +109,9 @@ def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
         UserError: The named checkpoint is not there, or `output_dir` holds another run's checkpoints.
     """
     # Trainer writes its state last: a checkpoint without it was cut short.
-    complete = sorted(
-        (path.parent for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-    )
+    states = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
+    numbered = [path.parent for path in states if path.parent.name.rpartition("-")[2].isdigit()]
+    complete = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         if complete:
@@ -125,3 +125,15 @@ def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise UserError(f"resume_from_checkpoint is {wanted!r}, expected a complete checkpoint folder")
     return wanted
+
+
+def check_checkpoint(checkpoint: str, config: MagnetoConfig) -> None:
+    """Raise `UserError` where a checkpoint belongs to another model than this run's."""
+    saved = MagnetoConfig.from_pretrained(checkpoint)
+    own = {item.name for item in dataclasses.fields(MagnetoConfig)} - {
+        item.name for item in dataclasses.fields(PreTrainedConfig)
+    }
+    for name in sorted(own):
+        found, expected = getattr(saved, name), getattr(config, name)
+        if found != expected:
+            raise UserError(f"the checkpoint {checkpoint} has {name} {found!r}, expected {expected!r} as in this run")

@@ -150,15 +150,19 @@ class MagnetoEncoder(nn.Module):
         return F.relu(states)
 
 
+def _create_backbone(config: MagnetoConfig) -> nn.Module:
+    # Never pretrained here: loading weights would download, and `from_pretrained` brings its own.
+    return timm.create_model(
+        config.backbone, pretrained=False, num_classes=0, global_pool="", **(config.backbone_kwargs or {})
+    )
+
+
 class MagnetoImageFeatureExtractor(nn.Module):
     """timm backbone without pooling and classifier, a 1x1 convolution to the hidden size, batch norm."""
 
     def __init__(self, config: MagnetoConfig):
         super().__init__()
-        # Never pretrained here: loading weights would download, and `from_pretrained` brings its own.
-        self.backbone = timm.create_model(
-            config.backbone, pretrained=False, num_classes=0, global_pool="", **(config.backbone_kwargs or {})
-        )
+        self.backbone = _create_backbone(config)
         # timm has initialised its modules; the flag of each tensor keeps transformers from doing it again. Tensors on
         # the meta device are replaced when weights are loaded, and what a checkpoint lacks is initialised then.
         for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
@@ -193,16 +197,15 @@ class MagnetoImageFeatureExtractor(nn.Module):
         The stages are timm's coarse groups. Some backbones keep parts of their classifier, which nothing here uses,
         and some have a last norm in a group of its own, which belongs to the stage before.
         """
-        parameters = dict(self.backbone.named_parameters())
-        device, image_size = next(iter(parameters.values())).device, config.image_size
-        self.backbone.eval()
-        with torch.enable_grad():
+        # A copy without storage answers which parameters matter, quickly and also under `torch.inference_mode`.
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
+            backbone = _create_backbone(config).eval()
+            parameters = dict(backbone.named_parameters())
+            size = config.image_size
             try:
-                features = self.backbone.forward_features(torch.zeros(1, 3, image_size, image_size, device=device))
+                features = backbone.forward_features(torch.zeros(1, 3, size, size))
             except (AssertionError, RuntimeError) as error:
-                raise ValueError(
-                    f"the backbone {config.backbone} cannot be used at {image_size} px: {error}"
-                ) from error
+                raise ValueError(f"the backbone {config.backbone} cannot be used at {size} px: {error}") from error
             if features.ndim != 4:
                 raise ValueError(
                     f"the backbone {config.backbone} returns {tuple(features.shape)}, "
@@ -211,7 +214,7 @@ class MagnetoImageFeatureExtractor(nn.Module):
             gradients = torch.autograd.grad(features.sum(), parameters.values(), allow_unused=True)
         used = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
         stages: list[set[str]] = []
-        for _, group in sorted(group_parameters(self.backbone, self.backbone.group_matcher(coarse=True)).items()):
+        for _, group in sorted(group_parameters(backbone, backbone.group_matcher(coarse=True)).items()):
             names = used.intersection(group)
             if stages and all(parameters[name].ndim == 1 for name in names):
                 stages[-1] |= names
@@ -230,7 +233,7 @@ class MagnetoImageFeatureExtractor(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W), normalised -> one vector for each of the R regions, row by row (B, R, D)."""
         # Convolutions are about twice as fast with the channels last, on CPUs and GPUs alike.
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        pixel_values = pixel_values.to(self.projection.weight.dtype).contiguous(memory_format=torch.channels_last)
         features = self.backbone.forward_features(pixel_values)  # (B, C, h, w)
         if self.channels_last:
             features = features.permute(0, 3, 1, 2)

@@ -15,7 +15,7 @@ from transformers.image_utils import (
     make_flat_list_of_images,
 )
 
-from .selection_magneto import select_by_threshold, select_top_k
+from .selection_magneto import select
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 IGNORED_LABEL = -100  # as in loss_magneto, which this file must not import
@@ -113,6 +113,7 @@ class MagnetoProcessor(ProcessorMixin):
         tags: Sequence[str] | Sequence[Sequence[str]] | None = None,
         important_tags: Sequence[str] | Sequence[Sequence[str]] | None = None,
         truncation: bool = False,
+        return_tensors: str = "pt",
         **images_kwargs,
     ) -> BatchFeature:
         """Turn a batch, or a single photograph with its tags, into the model's tensors.
@@ -120,18 +121,23 @@ class MagnetoProcessor(ProcessorMixin):
         Args:
             images: One photograph for each list of tags; ignored by a tag-only model's processor.
             tags: A list of tags, or a list of such lists.
-            important_tags: The ground truth, for `labels`: a subset of each list of tags.
+            important_tags: The ground truth, for `labels`: a subset of each list of tags; an empty list where it is
+                unknown.
             truncation: Cut each list to `max_tags`, as in training.
+            return_tensors: Only PyTorch tensors, `"pt"`, are made.
             images_kwargs: Passed on to the image processor.
 
         Returns:
             `input_ids` (B, L) and `attention_mask` (B, L), padded to the longest list; `pixel_values`
-            (B, 3, `image_size`, `image_size`); with `important_tags`, `labels` (B, L) of 1, 0, and -100 for padding.
+            (B, 3, `image_size`, `image_size`); with `important_tags`, `labels` (B, L) of 1, 0, and -100 for padding
+            and for images whose ground truth is unknown.
 
         Raises:
             ValueError: A list is empty or holds an empty tag; photographs are missing, or their number differs from
                 that of the lists; an important tag is not among the tags.
         """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors is {return_tensors!r}, expected 'pt': the model is PyTorch's")
         if not tags:
             raise ValueError(f"tags is {tags!r}, expected a list of tags or a list of such lists")
         if isinstance(tags[0], str):
@@ -168,6 +174,8 @@ class MagnetoProcessor(ProcessorMixin):
             raise ValueError(f"found {len(important_tags)} lists of important tags for {len(tags)} lists of tags")
         labels = torch.full(shape, IGNORED_LABEL)
         for index, (row, important) in enumerate(zip(tags, important_tags, strict=True)):
+            if not important:  # unknown
+                continue
             important = {normalize_tag(tag) for tag in important}
             if not truncation and (strange := important.difference(row)):
                 raise ValueError(f"important_tags[{index}]: {sorted(strange)} are not among the tags")
@@ -201,10 +209,7 @@ class MagnetoProcessor(ProcessorMixin):
         rows = [self._normalize_row(row, index) for index, row in enumerate(tags)]
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(scores.shape[1]) < lengths[:, None]  # (B, L)
-        if top_k is None:
-            selected = select_by_threshold(scores, mask, threshold)
-        else:
-            selected = select_top_k(scores, mask, top_k)
+        selected = select(scores, mask, threshold, top_k)  # (B, L)
         return [
             {
                 "tags": list(zip(row, row_scores[: len(row)], strict=True)),

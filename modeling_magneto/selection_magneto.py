@@ -3,6 +3,14 @@
 import torch
 
 
+def select(scores: torch.Tensor, mask: torch.Tensor, threshold: float = 0.5, top_k: int | None = None) -> torch.Tensor:
+    """The rule in force: the `top_k` best tags where that is given, else those that reach the threshold.
+
+    Arguments and result as in `select_by_threshold` and `select_top_k`.
+    """
+    return select_by_threshold(scores, mask, threshold) if top_k is None else select_top_k(scores, mask, top_k)
+
+
 def select_by_threshold(scores: torch.Tensor, mask: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
     """The paper's rule: a tag is kept when its score reaches the threshold.
 

@@ -213,3 +213,42 @@ def test_a_command_ends_with_one_line_and_a_status(capsys, error, status):
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(KeyError), user_errors_in_one_line("train.py"):
         raise KeyError("oops")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("per_device_train_batch_size", "0", "per_device_train_batch_size is 0"),
+        ("learning_rate", "-1", "learning_rate is -1"),
+        ("learning_rate", "nan", "learning_rate is nan"),
+        ("num_train_epochs", "-1", "num_train_epochs is -1"),
+        ("optim_args", "momentum0.9", "optim_args is 'momentum0.9', expected name=value"),
+    ],
+)
+def test_training_arguments_out_of_range_are_named(name, value, message):
+    with pytest.raises(UsageError, match=message):
+        parse_arguments((MagnetoTrainingArguments,), [f"--{name}={value}"])
+
+
+def test_a_null_is_null_where_it_may_be_and_an_error_elsewhere(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("optim_args: null\nsave_total_limit: null\n")
+    (arguments,) = parse_arguments((MagnetoTrainingArguments,), [str(file)])
+    assert arguments.optim_args is None and arguments.save_total_limit is None
+
+    file.write_text("learning_rate: null\n")
+    with pytest.raises(UsageError, match="learning_rate is null, expected a value"):
+        parse_arguments((MagnetoTrainingArguments,), [str(file)])
+
+
+def test_help_is_no_setting_of_a_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("help: true\n")
+    with pytest.raises(UsageError, match="unknown field 'help'"):
+        parse_arguments((MagnetoTrainingArguments,), [str(tmp_path / "config.yaml")])
+
+
+def test_a_file_system_error_is_one_line_too(capsys):
+    with pytest.raises(SystemExit) as ended, user_errors_in_one_line("train.py"):
+        raise NotADirectoryError(20, "Not a directory", "file/x")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "train.py: error: [Errno 20] Not a directory: 'file/x'\n"

@@ -24,6 +24,7 @@ def make_card(tmp_path):
         folder.mkdir(exist_ok=True)
         write_model_card(
             folder,
+            training.get("hub_model_id") or folder.name,
             metrics or {"validation": FIGURES, "test": {**FIGURES, "f1": 84.444}},
             config or MagnetoConfig(),
             processor,

@@ -11,12 +11,14 @@ from datasets import Dataset
 from magneto_training.arguments import PredictArguments, UserError
 from magneto_training.evaluation import evaluate_selection
 from magneto_training.prediction import (
+    check_output_file,
     has_ground_truth,
     load_model,
     load_prediction_split,
     predict_batches,
     predict_dataset,
 )
+from magneto_training.report import write_report
 from magneto_training.tag_data import DataError
 from modeling_magneto import MagnetoConfig, MagnetoForOutlierDetection, MagnetoForTagSummarization, MagnetoProcessor
 
@@ -216,4 +218,70 @@ def test_a_pre_trained_model_is_refused(tiny_config: MagnetoConfig, processor, t
     processor.save_pretrained(tmp_path)
 
     with pytest.raises(UserError, match="holds a MagnetoForOutlierDetection, expected a MagnetoForTagSummarization"):
+        load_model(str(tmp_path))
+
+
+def test_all_rows_are_predicted_and_the_labelled_ones_measured(tiny_model, processor, tmp_path):
+    rows = [
+        {"item_id": "known", "tags": ["red", "blue"], "important_tags": ["red"]},
+        {"item_id": "unknown", "tags": ["green"], "important_tags": []},
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+    args = make_args(tmp_path, tmp_path / "out" / "x.parquet", batch_size=2)
+    check_output_file(args)
+    processor.use_images = False
+    model = MagnetoForTagSummarization(MagnetoConfig(**{**tiny_model.config.to_dict(), "streams": "tag"})).eval()
+
+    metrics = predict_dataset(Accelerator(), model, processor, load_prediction_split(args, use_images=False), args)
+
+    assert metrics["num_images"] == 1 and metrics["keep_all_precision"] == 50
+    assert pq.read_table(args.output_file)["item_id"].to_pylist() == ["known", "unknown"]
+
+
+@pytest.mark.parametrize("rule", [{"threshold": 0.9}, {"threshold": 0.0}, {"top_k": 1}])
+def test_the_rule_in_force_is_that_of_every_output(tiny_model, processor, rows, tmp_path, rule):
+    processor.use_images = False
+    model = MagnetoForTagSummarization(MagnetoConfig(**{**tiny_model.config.to_dict(), "streams": "tag"})).eval()
+    args = make_args("unused", tmp_path / "out.parquet", **rule)
+
+    metrics = predict_dataset(Accelerator(), model, processor, rows, args)
+
+    assert metrics["tag_f1"] == metrics["f1"]  # a single stream is its own final output
+
+
+def test_a_tag_only_model_reads_no_photographs(tiny_model, processor, rows, tmp_path):
+    broken = rows.cast_column("image", datasets.Image(decode=False))
+    broken = broken.map(lambda row: {"image": {"bytes": row["image"]["bytes"][:50], "path": None}})
+    broken = broken.cast_column("image", datasets.Image())
+    processor.use_images = False
+    model = MagnetoForTagSummarization(MagnetoConfig(**{**tiny_model.config.to_dict(), "streams": "tag"})).eval()
+    args = make_args("unused", tmp_path / "out.parquet")
+
+    metrics = predict_dataset(Accelerator(), model, processor, broken, args)
+    write_report(tmp_path / "report.html", tmp_path / "out.parquet", broken, metrics, 200)
+
+    assert metrics["num_images"] == len(rows)
+    assert "<img" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["folder.parquet", "file/out.parquet"])
+def test_a_result_that_could_not_be_written_stops_before_the_work(tmp_path, name):
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"output_file .*{name}"):
+        check_output_file(make_args("unused", tmp_path / name))
+
+
+def test_a_damaged_model_is_named(tiny_model, processor, tmp_path):
+    for part in (tiny_model, processor):
+        part.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:1000])
+    with pytest.raises(UserError, match="the model .* cannot be loaded"):
+        load_model(str(tmp_path))
+
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "eight"}))
+    with pytest.raises(UserError, match="hidden_size"):
         load_model(str(tmp_path))

@@ -133,13 +133,71 @@ def test_paths_in_a_parquet_table_are_relative_to_the_folder(tmp_path):
     assert load_tag_dataset(str(tmp_path))["train"][0]["image"].convert("RGB").getpixel((0, 0)) == (0, 0, 255)
 
 
-def test_a_path_that_two_tables_of_a_split_could_mean_is_refused(tmp_path):
+def test_two_tables_of_a_split_have_their_own_photographs(tmp_path):
     for name in ("one", "two"):
-        write_photographs(tmp_path / "photos" / name, a="red")
+        write_photographs(tmp_path / "photos" / name, a="red" if name == "one" else "blue")
         write_csv(tmp_path / "photos" / name / "table.csv", [{"item_id": name, "image": "a.png", "tags": "x"}])
 
-    with pytest.raises(DataError, match="'a.png' is found in .*one and in .*two"):
-        load_tag_dataset(str(tmp_path / "photos"))
+    rows = load_tag_dataset(str(tmp_path / "photos"))["train"]
+
+    colors = {row["item_id"]: row["image"].convert("RGB").getpixel((0, 0)) for row in rows}
+    assert colors == {"one": (255, 0, 0), "two": (0, 0, 255)}
+
+
+def test_cells_of_a_csv_are_read_as_they_are_written(tmp_path):
+    rows = [
+        {"item_id": "001", "tags": "1984, null", "important_tags": ""},
+        {"item_id": "1e3", "tags": '["red, green", "sea"]', "important_tags": "['sea']"},
+        {"item_id": "", "tags": "null", "important_tags": ""},
+    ]
+    write_csv(tmp_path / "train.csv", rows)
+
+    dataset = load_tag_dataset(str(tmp_path))["train"]
+
+    assert dataset["item_id"][:] == ["001", "1e3", ""]
+    assert dataset["tags"][:] == [["1984", "null"], ["red, green", "sea"], ["null"]]
+    assert dataset["important_tags"][:] == [[], ["sea"], []]
+    report = check_rows(dataset, "csv", use_images=False, use_labels=True, allow_unlabeled=True)
+    assert {problem: len(items) for problem, items in report.problems.items()} == {"no item_id": 1}
+
+
+def test_a_cell_that_only_looks_like_a_list_is_an_error(tmp_path):
+    write_csv(tmp_path / "train.csv", [{"item_id": "1", "tags": '["red", sea'}])
+    with pytest.raises(DataError, match="tags holds .*red.* expected a list of texts"):
+        load_tag_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("latest.csv", "train"),
+        ("my_test_rows.csv", "test"),
+        ("devices.csv", "train"),
+        ("val.csv", "validation"),
+        ("test/part-1.csv", "test"),
+        ("test/train.csv", "train"),
+    ],
+)
+def test_a_whole_word_of_the_name_says_the_split(tmp_path, name, split):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write_csv(tmp_path / name, [{"item_id": "1", "tags": "x"}])
+    (tmp_path / "out.metrics.json").write_text("{}")
+    assert list(load_tag_dataset(str(tmp_path))) == [split]
+
+
+def test_an_image_folder_is_left_to_datasets(tmp_path):
+    write_photographs(tmp_path / "train", a="red")
+    write_csv(tmp_path / "train" / "metadata.csv", [{"file_name": "a.png", "item_id": "x1", "tags": "x"}])
+    row = load_tag_dataset(str(tmp_path))["train"][0]
+    assert row["item_id"] == "x1" and row["tags"] == ["x"] and row["image"].size
+
+
+def test_parquet_tables_may_name_their_photographs(tmp_path):
+    write_photographs(tmp_path / "data", a="red")
+    datasets.Dataset.from_list([{"item_id": "1", "image": "a.png", "tags": ["x"]}]).to_parquet(
+        tmp_path / "data" / "test.parquet"
+    )
+    assert load_tag_dataset(str(tmp_path))["test"][0]["image"].convert("RGB").getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_a_photograph_missing_from_the_folder_is_not_sought_elsewhere(tmp_path, monkeypatch):
@@ -171,7 +229,7 @@ def test_both_csv_and_json_are_refused(tmp_path):
     write_csv(tmp_path / "train.csv", [{"item_id": 1, "tags": "x"}])
     (tmp_path / "test.jsonl").write_text('{"item_id": 1, "tags": ["x"]}\n')
 
-    with pytest.raises(DataError, match="both CSV and JSON"):
+    with pytest.raises(DataError, match=r"several kinds \(csv, json\)"):
         load_tag_dataset(str(tmp_path))
 
 

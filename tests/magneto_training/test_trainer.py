@@ -9,7 +9,7 @@ from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, 
 from magneto_training.augmentation import TagAugmentation
 from magneto_training.evaluation import compute_metrics
 from magneto_training.tag_data import AugmentedDataset, TagCollator, load_training_splits
-from magneto_training.trainer import MagnetoTrainer, find_checkpoint
+from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
 
 
@@ -213,3 +213,16 @@ def test_a_named_checkpoint_that_is_not_there_is_an_error(tmp_path):
 
     with pytest.raises(UserError, match="checkpoint-10.*expected a complete checkpoint folder"):
         find_checkpoint(training_args(tmp_path, str(tmp_path / "checkpoint-10")))
+
+
+def test_other_folders_beside_checkpoints_do_no_harm(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / "trainer_state.json").touch()
+    assert find_checkpoint(MagnetoTrainingArguments(output_dir=str(tmp_path))) is None
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_field(tiny_config, tmp_path):
+    tiny_config.save_pretrained(tmp_path)
+    check_checkpoint(str(tmp_path), tiny_config)
+    with pytest.raises(UserError, match="has hidden_size 16, expected 32 as in this run"):
+        check_checkpoint(str(tmp_path), MagnetoConfig(**{**tiny_config.to_dict(), "hidden_size": 32}))

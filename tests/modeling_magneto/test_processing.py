@@ -284,3 +284,16 @@ def test_post_process_refuses_tags_of_another_batch(processor):
         processor.post_process(outputs_of(SCORES), ["red", "blue"])
     with pytest.raises(ValueError):
         processor.post_process(outputs_of([[0.9, 0.1]]), [["red", "blue", "green"]])
+
+
+def test_only_pytorch_tensors_are_made(processor):
+    image = Image.new("RGB", (40, 40))
+    assert processor(image, ["red"], return_tensors="pt")["input_ids"].shape == (1, 1)
+    with pytest.raises(ValueError, match="return_tensors is 'np', expected 'pt'"):
+        processor(image, ["red"], return_tensors="np")
+
+
+def test_unknown_ground_truth_is_ignored(processor):
+    images = [Image.new("RGB", (40, 40))] * 2
+    labels = processor(images, [["red", "blue"], ["red"]], [[], ["red"]])["labels"]
+    assert labels.tolist() == [[-100, -100], [1, -100]]

@@ -236,3 +236,24 @@ def test_pretraining_hands_over_everything_but_heads_and_gate(tiny_config, tmp_p
     assert {name.split(".")[0] for name in new} == {"classifiers", "gate"}
     limit = tiny_config.hidden_size**-0.5  # a fresh torch.nn.Linear, not the moved detectors
     assert all(head.weight.abs().max() <= limit for head in (model.classifiers.tag, model.classifiers.image))
+
+
+def test_a_model_is_made_and_loaded_under_inference_mode(tiny_model, processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        loaded = MagnetoForTagSummarization.from_pretrained(tmp_path)
+        logits = loaded(**make_inputs(processor)).logits
+    torch.testing.assert_close(logits, tiny_model(**make_inputs(processor)).logits, atol=1e-6, rtol=0)
+
+
+def test_half_precision_weights_score_like_whole_ones(tiny_model, processor, tmp_path):
+    tiny_model.to(torch.bfloat16).save_pretrained(tmp_path)
+    inputs = make_inputs(processor)
+
+    half = AutoModel.from_pretrained(tmp_path)
+    whole = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
+
+    assert half.dtype == torch.bfloat16 and whole.dtype == torch.float32
+    with torch.no_grad():
+        scores = [torch.sigmoid(model(**inputs).logits.float()) for model in (half, whole)]
+    torch.testing.assert_close(*scores, atol=0.03, rtol=0)
