@@ -3,8 +3,10 @@
 Row *n* of the tag file and of every label file belongs to line *n* of `Imagelist.txt`.
 """
 
+import lzma
 import os
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -40,6 +42,17 @@ PARTS = {
 
 LISTED_PATH = re.compile(r"(.*/)?(\d+_)?\d+\.jpg")
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png")
+# What `zipfile` raises for damaged files; NotImplementedError, for one, is a RuntimeError.
+DAMAGE = (
+    OSError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    RuntimeError,
+    ValueError,
+    EOFError,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,7 @@ class TextFile:
                 return self.path.read_bytes()
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(self.member)
-        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+        except DAMAGE as error:
             raise InputError(f"{self.name}: cannot be read ({error}); download it again") from error
 
     def lines(self) -> list[str]:
@@ -187,7 +200,7 @@ class NusWideFolder:
             try:
                 with zipfile.ZipFile(self.root / name) as archive:
                     members = archive.namelist()
-            except (OSError, zipfile.BadZipFile):
+            except DAMAGE:
                 self._damaged_zips.append(name)
                 return
             for member in members:

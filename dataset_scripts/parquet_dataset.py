@@ -41,6 +41,7 @@ SHARD_BYTES = 200_000_000
 ROWS_PER_GROUP_WITH_IMAGES = 100
 ROWS_PER_GROUP_WITHOUT = 2_000
 JPEG_QUALITY = 90
+MAX_JPEG_SIDE = 65_500  # libjpeg writes no longer ones
 MAX_PIXELS = 89_000_000  # a larger photograph is a mistake or a decompression bomb
 COMMIT_EVERY = 200  # photographs; what a killed run can lose
 
@@ -343,7 +344,8 @@ def encode_photograph(root: Path, path: str | None, short_side: int) -> bytes:
         short_side: upper limit of the short side in pixels; smaller photographs keep their size.
 
     Raises:
-        UnusablePhotograph: missing, not an image, broken off, or too large to be true.
+        UnusablePhotograph: missing, not an image, broken off, too large to be true, or too long
+            for a JPEG.
     """
     if path is None:
         raise UnusablePhotograph("missing")
@@ -351,6 +353,9 @@ def encode_photograph(root: Path, path: str | None, short_side: int) -> bytes:
         with Image.open(root / path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+                # 16-bit grey, which `convert("RGB")` would cut off at 255.
+                image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
             scale = short_side / min(image.size)
             if scale < 1:
                 size = tuple(max(1, round(length * scale)) for length in image.size)
@@ -358,13 +363,15 @@ def encode_photograph(root: Path, path: str | None, short_side: int) -> bytes:
                 image.draft("RGB", size)
                 image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
             upright = ImageOps.exif_transpose(image).convert("RGB")
+        if max(upright.size) > MAX_JPEG_SIDE:
+            raise ValueError(f"{upright.width} x {upright.height} pixels are too long for a JPEG")
+        file = io.BytesIO()
+        upright.save(file, "JPEG", quality=JPEG_QUALITY)
     except FileNotFoundError:
         raise UnusablePhotograph("missing") from None
     except Exception as error:  # Pillow raises a dozen kinds for files that are no photographs
         why = " ".join(str(error).split()).replace(f"{root}{os.sep}", "")
         raise UnusablePhotograph(f"unreadable: {why}") from error
-    file = io.BytesIO()
-    upright.save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
 
 

@@ -19,6 +19,7 @@ STEPS = [
     ("repeated_ids", "left out: the item id of an earlier row"),
     ("with_tags", "with at least one tag"),
     ("with_tags_and_important_tags", "and with at least one important tag"),
+    ("not_covered", "left out, or in `unlabeled`: an important tag is not among the tags"),
     ("covered", "whose tags contain the important ones: kept"),
 ]
 

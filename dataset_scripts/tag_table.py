@@ -3,13 +3,16 @@
 Rows are streamed: of a table only its item ids are held in memory.
 """
 
+import ast
 import csv
 import json
 import os
 import random
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +22,8 @@ from parquet_dataset import InputError, Item
 SPLITS = ("train", "validation", "test")
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_CELL_CHARACTERS = 10_000_000  # a longer CSV cell is an unclosed quotation mark
+FLAGS = {"0": False, "1": True, "false": False, "true": True}
+ADJACENT_STRINGS = re.compile(r"""['"]\s+['"]""")
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,9 @@ class TableFormat:
 
     Attributes:
         id_column: unique item ids.
-        tags_column: a list, or a string of tags with `tag_separator` between them. A table in the
-            wide layout has no such column, but one column of 0 and 1 for each tag instead, called
+        tags_column: a list, or a string: either a list in the spelling of JSON or Python, or tags
+            with `tag_separator` between them. A table in the wide layout has no such column, but
+            one column of 0 and 1, or of booleans, for each tag instead, called
             `<tags_column>_<tag>`.
         important_tags_column: the same for the important tags; empty or null where unknown.
         image_column: paths relative to the folder of photographs. Without this column the
@@ -85,12 +91,14 @@ class TagTable:
         self._path = path
         self._layout = layout
         self._image_dir = image_dir
+        self._real_image_dir = None if image_dir is None else image_dir.resolve()
         self.counts = dict.fromkeys(
             (
                 "rows",
                 "repeated_ids",
                 "with_tags",
                 "with_tags_and_important_tags",
+                "not_covered",
                 "covered",
                 "kept",
             ),
@@ -101,10 +109,11 @@ class TagTable:
         """The rows of all splits, filtered as NUS-WIDE is (section 4.1).
 
         A row is kept if it has tags, has important tags, and the important ones are among its
-        tags. One that has tags but is not kept is `unlabeled`, unless the table itself says that it
-        is of validation or test. Without a split column, of every ten kept rows one (at a seeded
-        random place) is in test and one in validation; with one, the validation rows are taken
-        from train in this way if the table has none.
+        tags: compared as `train.py` compares them, and given in the spelling of the tags. One that
+        has tags but is not kept is `unlabeled`, unless the table itself says that it is of
+        validation or test. Without a split column, of every ten kept rows one (at a seeded random
+        place) is in test and one in validation; with one, the validation rows are taken from train
+        in this way if the table has none.
 
         Raises:
             InputError: names the row and what is wrong with it.
@@ -126,15 +135,17 @@ class TagTable:
                 continue
             self.counts["with_tags"] += 1
             self.counts["with_tags_and_important_tags"] += bool(important)
-            if not important or not set(important) <= set(tags):
+            covered = important.keys() <= tags.keys()
+            self.counts["not_covered"] += not covered
+            if not important or not covered:
                 if split in (None, "train"):
-                    yield Item("unlabeled", item_id, photograph, tags, [])
+                    yield Item("unlabeled", item_id, photograph, list(tags.values()), [])
                 continue
             self.counts["covered"] += 1
             self.counts["kept"] += 1
             if split in (None, "train"):
                 split = next(places)
-            yield Item(split, item_id, photograph, tags, important)
+            yield Item(split, item_id, photograph, list(tags.values()), [tags[tag] for tag in important])
 
     def _places(self) -> Iterator[str]:
         """The splits of successive kept rows that the table does not place by itself."""
@@ -157,28 +168,40 @@ class TagTable:
             raise InputError(f"{name}, {self._layout.id_column}: found {value!r}, expected an id")
         return str(value).strip()
 
-    def _tags(self, name: str, row: dict, column: str) -> list[str]:
-        """The tags of a row, in its order, each once."""
-        if column not in row:
-            return self._wide_tags(name, row, column)
-        value = row[column]
+    def _tags(self, name: str, row: dict, column: str) -> dict[str, str]:
+        """The tags of a row, in its order, each once: normal form -> the row's first spelling."""
+        value = row[column] if column in row else self._wide_tags(name, row, column)
         if value is None:
-            return []
+            return {}
         if isinstance(value, str):
-            value = value.split(self._layout.tag_separator)
+            cell = value.strip()
+            if cell.startswith("[") and cell.endswith("]"):
+                value = _written_list(cell)
+                if value is None:
+                    raise InputError(
+                        f"{name}, {column}: found {_short(cell)}, expected a list of text in the brackets"
+                    )
+            else:
+                value = value.split(self._layout.tag_separator)
         if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
             raise InputError(f"{name}, {column}: found {_short(value)}, expected a list of tags or a string")
-        return list(dict.fromkeys(tag for tag in map(str.strip, value) if tag))
+        tags: dict[str, str] = {}
+        for tag in map(str.strip, value):
+            if tag:
+                tags.setdefault(_normal_form(tag), tag)
+        return tags
 
     def _wide_tags(self, name: str, row: dict, column: str) -> list[str]:
         prefix = f"{column}_"
+        flags = {field: value for field, value in row.items() if field.startswith(prefix)}
+        if not flags:
+            raise self._missing_column(name, column, row)
         tags = []
-        for field, value in row.items():
-            if not field.startswith(prefix):
-                continue
-            if str(value).strip() not in ("0", "1"):
+        for field, value in flags.items():
+            flag = FLAGS.get(str(value).strip().lower())
+            if flag is None:
                 raise InputError(f"{name}, {field}: found {_short(value)}, expected 0 or 1")
-            if int(value):
+            if flag:
                 tags.append(field.removeprefix(prefix))
         return tags
 
@@ -206,12 +229,17 @@ class TagTable:
             raise InputError(f"{name}, {column}: found {_short(row[column])}, expected a path")
         # A table may come from a stranger, and what it names ends up in a published dataset.
         path = candidates[0]
-        if re.match(r"[\\/]|[A-Za-z]:", path) or ".." in re.split(r"[\\/]", path):
+        leaves = bool(re.match(r"[\\/]|[A-Za-z]:", path)) or ".." in re.split(r"[\\/]", path)
+        if not leaves:
+            there = (c for c in candidates if "\0" not in c and os.path.exists(self._image_dir / c))
+            path = next(there, None)
+            if path is None:
+                return candidates[0]
+            real = Path(os.path.realpath(self._image_dir / path))  # where symbolic links lead
+            leaves = not real.is_relative_to(self._real_image_dir)
+        if leaves:
             raise InputError(f"{name}, {column}: found {_short(path)}, expected a path inside {self._image_dir}")
-        for candidate in candidates:
-            if "\0" not in candidate and os.path.exists(self._image_dir / candidate):
-                return candidate
-        return candidates[0]
+        return path
 
     # ---------------------------------------------------------------------------------- files
 
@@ -220,9 +248,10 @@ class TagTable:
         number = 0
         try:
             for number, row in self._read():
+                name = f"{self._path.name}, row {number:,}"
                 if number == 1:
-                    self._check_columns(row)
-                yield f"{self._path.name}, row {number:,}", row
+                    self._check_columns(name, row)
+                yield name, row
         except UnicodeDecodeError as error:
             raise InputError(f"{self._path.name}, after row {number:,}: {error}; expected UTF-8 text") from error
         except (csv.Error, pa.ArrowException, OSError) as error:
@@ -231,19 +260,13 @@ class TagTable:
         if number == 0:
             raise InputError(f"{self._path.name}: no rows")
 
-    def _check_columns(self, row: dict) -> None:
-        layout = self._layout
-        for column in (layout.tags_column, layout.important_tags_column):
-            wide = any(field.startswith(f"{column}_") for field in row)
-            if column not in row and not wide:
-                raise self._missing_column(column, row)
-        for column in (layout.id_column, layout.split_column):
+    def _check_columns(self, name: str, row: dict) -> None:
+        for column in (self._layout.id_column, self._layout.split_column):
             if column is not None and column not in row:
-                raise self._missing_column(column, row)
+                raise self._missing_column(name, column, row)
 
-    def _missing_column(self, column: str, row: dict) -> InputError:
-        found = _short(", ".join(row))
-        return InputError(f"{self._path.name}: no column {column!r}, found {found}")
+    def _missing_column(self, name: str, column: str, row: dict) -> InputError:
+        return InputError(f"{name}: no column {column!r}, found {_short(', '.join(row))}")
 
     def _read_csv(self) -> Iterator[tuple[int, dict]]:
         separator = self._layout.column_separator
@@ -304,6 +327,35 @@ class TagTable:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
+
+
+def _written_list(cell: str) -> list[str] | None:
+    """The list that a cell spells as JSON or as Python does; None if that is no list of text."""
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        if ADJACENT_STRINGS.search(cell):  # numpy's ['a' 'b'], which Python reads as the one text 'ab'
+            return None
+        try:
+            value = ast.literal_eval(cell)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return None
+    if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
+        return None
+    try:
+        "".join(value).encode()  # half of a surrogate pair could not be written again
+    except UnicodeEncodeError:
+        return None
+    return value
+
+
+@lru_cache(maxsize=100_000)
+def _normal_form(tag: str) -> str:
+    """What makes two tags the same tag: as in `train.py`, which this folder may not import."""
+    # Folding can undo the normal form, and the normal form can undo folding: two rounds settle every character.
+    for _ in range(2):
+        tag = unicodedata.normalize("NFKC", tag).casefold()
+    return " ".join(unicodedata.normalize("NFKC", tag).split())
 
 
 def _short(value: object) -> str:

@@ -66,6 +66,45 @@ def test_a_zip_with_a_flipped_byte_is_named(run_script, small_nus_wide):
     fails(run_script, small_nus_wide, "NUS_WID_Tags.zip/NUS_WID_Tags/AllTags81.txt", "CRC")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_any_flipped_bit_of_a_zip_is_an_input_error_or_harmless(tmp_path, method):
+    from nus_wide import NusWideFolder
+    from parquet_dataset import InputError
+
+    (tmp_path / "downloads").mkdir()
+    path = tmp_path / "downloads/ImageList.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("Imagelist.txt", "actor/0001_2124494179.jpg\n" * 3)
+    whole = path.read_bytes()
+    errors = 0
+    for position in range(len(whole)):
+        for bit in (1, 2, 64, 128):
+            data = bytearray(whole)
+            data[position] ^= bit
+            path.write_bytes(data)
+            folder = NusWideFolder(tmp_path / "downloads")
+            try:
+                if "Imagelist.txt" in folder:
+                    folder.file("Imagelist.txt").read()
+                else:
+                    folder.check_complete()
+            except InputError as error:
+                assert "\n" not in str(error)
+                errors += 1
+    assert errors > 100
+
+
+def test_a_zip_of_an_unknown_version_is_named(run_script, small_nus_wide):
+    damaged = small_nus_wide / "NUS_WID_Tags.zip"
+    with zipfile.ZipFile(damaged, "w") as archive:
+        archive.write(small_nus_wide / TAGS, TAGS)
+    data = bytearray(damaged.read_bytes())
+    data[data.index(b"PK\x01\x02") + 6] ^= 128  # the version that it takes to read this
+    damaged.write_bytes(data)
+    (small_nus_wide / TAGS).unlink()
+    fails(run_script, small_nus_wide, "AllTags81.txt", "damaged: NUS_WID_Tags.zip")
+
+
 def test_two_different_files_of_one_name_are_named(run_script, small_nus_wide):
     (small_nus_wide / "copy").mkdir()
     (small_nus_wide / "copy/AllTags81.txt").write_text("0 1\n")

@@ -69,6 +69,18 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     assert encode(tmp_path, name).mode == "RGB"
 
 
+@pytest.mark.parametrize("size", [(256, 20), (1024, 288)])
+def test_a_gradient_of_sixteen_bits_stays_a_gradient(tmp_path, size):
+    width, height = size
+    gradient = np.tile(np.linspace(0, 65535, width).astype(np.uint16), (height, 1))
+    Image.fromarray(gradient).save(tmp_path / "a.png")
+    Image.fromarray(gradient).save(tmp_path / "a.tiff")
+    (tmp_path / "a.pgm").write_bytes(b"P5 %d %d 65535\n" % size + gradient.astype(">u2").tobytes())
+    for name in ("a.png", "a.tiff", "a.pgm"):
+        row = np.asarray(encode(tmp_path, name), int)[10, :, 0]
+        assert np.abs(row - np.linspace(0, 255, len(row))).max() < 4
+
+
 def test_the_detail_that_is_kept_is_that_of_the_whole_decoding(tmp_path):
     smooth = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8))
     smooth.resize((500, 375), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
@@ -98,6 +110,12 @@ def test_a_folder_and_an_impossible_path_are_unreadable(tmp_path):
     (tmp_path / "a.jpg").mkdir()
     assert fault(tmp_path, "a.jpg").startswith("unreadable: ")
     assert fault(tmp_path, "a\0.jpg").startswith("unreadable: ")
+
+
+@pytest.mark.parametrize("size", [(66_000, 100), (70_000, 1), (1, 70_000)])
+def test_a_photograph_too_long_for_a_jpeg_is_unreadable(tmp_path, size):
+    Image.new("L", size).save(tmp_path / "a.png")
+    assert fault(tmp_path, "a.png") == f"unreadable: {size[0]} x {size[1]} pixels are too long for a JPEG"
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -41,6 +41,16 @@ def write_wide(path: Path, rows: list[dict]) -> Path:
     return write_csv(path, wide)
 
 
+def write_wide_booleans(path: Path, rows: list[dict]) -> Path:
+    vocabulary = list(dict.fromkeys(tag for row in rows for tag in [*row["tags"], "sea", "sky"]))
+    wide = [
+        {"item_id": row["item_id"]}
+        | {f"{column}_{tag}": tag in row[column] for column in ("tags", "important_tags") for tag in vocabulary}
+        for row in rows
+    ]
+    return write_parquet(path, wide)
+
+
 def write_json_lines(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     return path
@@ -93,6 +103,7 @@ def test_all_kinds_of_tables_give_the_same_dataset(tmp_path, load):
         "repeated_ids": 1,
         "with_tags": 22,
         "with_tags_and_important_tags": 21,
+        "not_covered": 1,
         "covered": 20,
         "kept": 20,
         "missing_images": 0,
@@ -112,8 +123,55 @@ def test_all_kinds_of_tables_give_the_same_dataset(tmp_path, load):
         (write_csv(tmp_path / "b.csv", ROWS, ";", "|"), "--column_separator", ";",
          "--tag_separator", "|"),
         (write_wide(tmp_path / "wide.csv", ROWS),),
+        (write_wide_booleans(tmp_path / "wide.parquet", ROWS),),
+        (write_csv(tmp_path / "json_cells.csv", [spelled_out(row, json.dumps) for row in ROWS]),),
+        (write_csv(tmp_path / "python_cells.csv", [spelled_out(row, str) for row in ROWS]),),
     ):  # fmt: skip
         assert load(table, *options) == (counts, splits), table.name
+
+
+def spelled_out(row: dict, spell) -> dict:
+    return {k: spell(v) if isinstance(v, list) else v for k, v in row.items()}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "[sky, sea]",
+        '["sky", "sea]',
+        '["sky", 1]',
+        '["sky", null]',
+        '["sky"], ["sea"]',
+        "['sky' 'sea']",  # how numpy writes an array
+        '["\\ud800"]',
+        "[" * 5_000 + "]" * 5_000,
+    ],
+)
+def test_brackets_without_a_list_of_text_are_named(tmp_path, fails, cell):
+    table = write_csv(tmp_path / "a.csv", [ROWS[0], ROWS[1] | {"tags": cell}])
+    error = fails(table)
+    assert "a.csv, row 2, tags: found " in error
+    assert "expected a list of text in the brackets" in error
+
+
+def test_tags_are_compared_as_training_compares_them(tmp_path, load):
+    rows = [ROWS[0] | {"item_id": str(i), "tags": ["x"], "important_tags": ["x"]} for i in range(3)]
+    rows.append({"item_id": "a", "tags": ["Beach", "b", "beach"], "important_tags": ["beach"]})
+    rows.append({"item_id": "b", "tags": ["Red  Car", "Straße"], "important_tags": ["STRASSE", "red car"]})
+    counts, splits = load(write_json_lines(tmp_path / "a.jsonl", rows))
+    assert (counts["kept"], counts["not_covered"]) == (5, 0)
+    train = {row["item_id"]: row for row in splits["train"]}
+    assert train["a"] == {"item_id": "a", "tags": ["Beach", "b"], "important_tags": ["Beach"]}
+    assert train["b"]["important_tags"] == ["Straße", "Red  Car"]
+
+
+def test_the_normal_form_of_a_tag_is_that_of_training():
+    from tag_table import _normal_form
+
+    from modeling_magneto.processing_magneto import normalize_tag
+
+    for tag in ("Red \t Car", "STRASSE", "Straße", "ﬁlm", "Å", "ͅα", "a\u00a0b", "İ", "ΰ"):
+        assert _normal_form(tag) == normalize_tag(tag)
 
 
 def test_columns_may_have_other_names(tmp_path, load):
@@ -186,6 +244,37 @@ def test_an_item_id_may_not_leave_the_folder_either(tmp_path, run_script):
     assert "a.jsonl, row 1, item_id: found '../secret.jpg'" in outcome.error
 
 
+def test_links_may_lead_anywhere_inside_the_folder_but_not_out_of_it(tmp_path, run_script):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "photographs/inside").mkdir(parents=True)
+    for path in ("outside/s.jpg", "photographs/inside/a.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / path)
+    (tmp_path / "photographs/link").symlink_to("../outside")
+    (tmp_path / "photographs/secret.jpg").symlink_to("../outside/s.jpg")
+    (tmp_path / "photographs/fine").symlink_to("inside")
+    (tmp_path / "also_photographs").symlink_to("photographs")
+
+    rows = [row | {"image": "fine/a.jpg"} for row in ROWS[:3]]
+    for name, row, found in (
+        ("folder", ROWS[3] | {"image": "link/s.jpg"}, "row 4, image: found 'link/s.jpg'"),
+        ("file", ROWS[3] | {"image": "secret.jpg"}, "row 4, image: found 'secret.jpg'"),
+    ):
+        table = write_json_lines(tmp_path / f"{name}.jsonl", [*rows, row])
+        outcome = run_script("prepare_table", table, tmp_path / "also_photographs", tmp_path / "out")
+        assert outcome.status == 1
+        assert found in outcome.error
+        assert "expected a path inside" in outcome.error
+    by_id = write_json_lines(tmp_path / "by_id.jsonl", [ROWS[0] | {"item_id": "secret"}])
+    outcome = run_script("prepare_table", by_id, tmp_path / "photographs", tmp_path / "out")
+    assert "row 1, item_id: found 'secret.jpg', expected a path inside" in outcome.error
+    assert not (tmp_path / "out").exists()
+
+    table = write_json_lines(tmp_path / "fine.jsonl", rows)
+    assert run_script("prepare_table", table, tmp_path / "also_photographs", tmp_path / "out").status == 0
+    counts = json.loads((tmp_path / "out/counts.json").read_text())
+    assert (counts["missing_images"], counts["kept"]) == (0, 3)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
@@ -219,6 +308,15 @@ def test_a_wide_table_holds_0_and_1_only(tmp_path, fails):
 def test_a_missing_column_is_named(tmp_path, fails, column):
     rows = [{k: v for k, v in row.items() if k != column} for row in ROWS]
     assert f"no column '{column}', found" in fails(write_csv(tmp_path / "a.csv", rows))
+
+
+@pytest.mark.parametrize("column", ["tags", "important_tags"])
+def test_a_row_without_a_field_is_named(tmp_path, fails, load, column):
+    typo = {column[:-1] if k == column else k: v for k, v in ROWS[3].items()}
+    table = write_json_lines(tmp_path / "a.jsonl", [*ROWS[:3], typo])
+    assert f"a.jsonl, row 4: no column '{column}', found 'item_id, " in fails(table)
+    counts, _ = load(write_json_lines(tmp_path / "b.jsonl", [*ROWS[:3], ROWS[3] | {column: None}]))
+    assert counts["kept"] == 3
 
 
 @pytest.mark.parametrize(
