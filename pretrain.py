@@ -15,17 +15,11 @@ from magneto_training.arguments import (
     user_errors_in_one_line,
 )
 from magneto_training.backbone import resolve_normalization
+from magneto_training.collation import AugmentedDataset, OutlierCollator, SeededDataset, TagCollator
 from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics, write_metrics
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
-from magneto_training.tag_data import (
-    AugmentedDataset,
-    OutlierCollator,
-    SeededDataset,
-    TagCollator,
-    build_vocabulary,
-    load_pretraining_splits,
-)
+from magneto_training.tag_data import build_vocabulary, load_pretraining_splits
 from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoForOutlierDetection, MagnetoProcessor
 

@@ -13,10 +13,11 @@ from magneto_training.arguments import (
 )
 from magneto_training.augmentation import TagAugmentation
 from magneto_training.backbone import resolve_normalization
+from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics, format_metrics, write_metrics
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
-from magneto_training.tag_data import AugmentedDataset, TagCollator, build_vocabulary, load_training_splits
+from magneto_training.tag_data import build_vocabulary, load_training_splits
 from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
 

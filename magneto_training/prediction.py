@@ -23,9 +23,10 @@ from modeling_magneto.modeling_magneto import MagnetoOutput
 from modeling_magneto.selection_magneto import select
 
 from .arguments import PredictArguments, UserError
+from .collation import OutlierDataset, TagCollator
 from .evaluation import THRESHOLD, evaluate_selection, output_names, write_metrics
 from .initialization import load_source
-from .tag_data import DataError, OutlierDataset, TagCollator, checked_split, load_tag_dataset
+from .tag_data import DataError, checked_split, load_tag_dataset
 
 SCHEMA = pa.schema(
     [

@@ -1,7 +1,7 @@
-"""Datasets of photographs and tags: loading, checking, vocabulary, and batches for the model.
+"""Datasets of photographs and tags: loading, checking, vocabulary.
 
-Rows are `{item_id, image, tags, important_tags}`. Whatever `load_dataset` takes becomes such rows here, every row is
-checked once, and `TagCollator` turns rows into the model's tensors.
+Rows are `{item_id, image, tags, important_tags}`. Whatever `load_dataset` takes becomes such rows here, and every row
+is checked once.
 """
 
 import ast
@@ -19,15 +19,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from PIL import Image
 
-from modeling_magneto import MagnetoProcessor
-from modeling_magneto.processing_magneto import normalize_tag, normalize_tags
+from modeling_magneto.processing_magneto import normalize_tag
 
 from .arguments import DataArguments, PretrainingDataArguments, RowArguments, UserError
-from .augmentation import ImageAugmentation, TagAugmentation, draw_outliers, example_seed
 
 TABLE_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLIT_WORDS = {
@@ -420,158 +417,3 @@ def build_vocabulary(dataset: Dataset) -> list[str]:
     for rows in dataset.select_columns("tags").with_format("arrow").iter(batch_size=10_000):
         seen.update(pc.list_flatten(rows["tags"]).unique().to_pylist())
     return sorted({normalize_tag(tag) for tag in seen})
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
-class SeededDataset(torch.utils.data.Dataset):
-    """Rows that know the seed of their random changes: the same whenever they are read.
-
-    Args:
-        dataset: Rows as of `load_tag_dataset`.
-        seed: The run's seed.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset = dataset
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        return {**self.dataset[index], "seed": example_seed(self.seed, 0, index)}
-
-
-class AugmentedDataset(SeededDataset):
-    """Training rows, whose random changes differ in every epoch."""
-
-    def __init__(self, dataset: Dataset, seed: int):
-        super().__init__(dataset, seed)
-        # Shared memory: workers that outlive an epoch see the next one too.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
-        self._epoch.fill_(epoch)
-
-    def __getitem__(self, index: int) -> dict:
-        return {**self.dataset[index], "seed": example_seed(self.seed, int(self._epoch), index)}
-
-
-class TagCollator:
-    """Rows to a batch of tensors; with augmentations (training), rows are changed by their own seed before.
-
-    >>> processor = MagnetoProcessor.from_vocabulary(["boat", "sky", "sun"], use_images=False)
-    >>> rows = [
-    ...     {"item_id": "a", "tags": ["Sky", "boat"], "important_tags": ["boat"]},
-    ...     {"item_id": "b", "tags": ["sun"], "important_tags": ["sun"]},
-    ... ]
-    >>> batch = TagCollator(processor)(rows)
-    >>> batch["input_ids"]
-    tensor([[3, 2],
-            [4, 0]])
-    >>> batch["labels"]
-    tensor([[   0,    1],
-            [   1, -100]])
-
-    Args:
-        processor: The model's processor.
-        image_augmentation: Replaces the processor's resizing; for training.
-        tag_augmentation: TAD; for training.
-        training: Cut lists of tags to the processor's `max_tags`.
-    """
-
-    def __init__(
-        self,
-        processor: MagnetoProcessor,
-        image_augmentation: ImageAugmentation | None = None,
-        tag_augmentation: TagAugmentation | None = None,
-        training: bool = False,
-    ):
-        self.processor = processor
-        self.image_augmentation = image_augmentation
-        self.tag_augmentation = tag_augmentation
-        self.training = training
-
-    @classmethod
-    def for_training(
-        cls, processor: MagnetoProcessor, data_args: RowArguments, tag_augmentation: TagAugmentation | None = None
-    ) -> "TagCollator":
-        """A collator that augments photographs as the arguments say."""
-        image_size = processor.image_processor.crop_size["height"]
-        image_augmentation = ImageAugmentation(image_size, data_args.min_crop_scale, data_args.auto_augment)
-        return cls(processor, image_augmentation, tag_augmentation, training=True)
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        images = [row["image"] for row in rows] if self.processor.use_images else None
-        tags = [row["tags"] for row in rows]
-        important_tags = [row["important_tags"] for row in rows] if "important_tags" in rows[0] else None
-        if self.training:
-            tags = [
-                self._augmented_tags(row["tags"], row["important_tags"], np.random.default_rng(row["seed"]))
-                for row in rows
-            ]
-        resize = {}
-        if images is not None and self.image_augmentation is not None:
-            images = [self.image_augmentation(row["image"], row["seed"]) for row in rows]
-            resize = {"do_resize": False, "do_center_crop": False}
-        batch = self.processor(images, tags, important_tags, truncation=self.training, **resize)
-        return dict(batch)
-
-    def _augmented_tags(self, tags: list[str], important_tags: list[str], rng: np.random.Generator) -> list[str]:
-        tags = normalize_tags(tags)
-        if self.tag_augmentation is not None:
-            tags = self.tag_augmentation(tags, [normalize_tag(tag) for tag in important_tags], rng)
-        if len(tags) > self.processor.max_tags:
-            rng.shuffle(tags)  # which tags the cut spares is chance, not their place in the list
-        return tags
-
-
-class OutlierCollator:
-    """Rows to a batch for outlier detection: every image gets strange tags, and a label says which tags are its own.
-
-    Ground truth is not looked at: a row's `important_tags`, if there are any, are replaced by its own tags.
-
-    Args:
-        collate: Makes the tensors; the training collator augments photographs.
-        outlier_ratio: Strange tags for each own tag, above 0.
-    """
-
-    def __init__(self, collate: TagCollator, outlier_ratio: float):
-        self.collate = collate
-        self.outlier_ratio = outlier_ratio
-        self.vocabulary = collate.processor.vocabulary
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        injected = [inject_outliers(row, self.vocabulary, self.outlier_ratio) for row in rows]
-        own = [{"important_tags": [tag for tag in row["tags"] if tag not in set(row["outliers"])]} for row in injected]
-        return self.collate([row | labels for row, labels in zip(injected, own, strict=True)])
-
-
-class OutlierDataset(SeededDataset):
-    """Rows to which strange tags have been added, for the outlier test (section 5.1): always the same ones.
-
-    Args:
-        dataset: Rows as of `load_tag_dataset`.
-        seed: Decides which tags.
-        vocabulary: All tags, normalised.
-        outlier_ratio: Strange tags for each own tag, above 0.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int, vocabulary: Sequence[str], outlier_ratio: float):
-        super().__init__(dataset, seed)
-        self.vocabulary = vocabulary
-        self.outlier_ratio = outlier_ratio
-
-    def __getitem__(self, index: int) -> dict:
-        return inject_outliers(super().__getitem__(index), self.vocabulary, self.outlier_ratio)
-
-
-def inject_outliers(row: dict, vocabulary: Sequence[str], outlier_ratio: float) -> dict:
-    """A row with a seed, with strange tags behind its own, and named in `outliers`."""
-    tags = normalize_tags(row["tags"])
-    # The seed alone belongs to the augmentation; one more number keeps the two apart.
-    outliers = draw_outliers(tags, vocabulary, outlier_ratio, np.random.default_rng((row["seed"], 1)))
-    return {**row, "tags": tags + outliers, "outliers": outliers}

@@ -8,16 +8,9 @@ from transformers import EvalPrediction
 
 from magneto_training.arguments import PretrainingDataArguments
 from magneto_training.augmentation import draw_outliers
+from magneto_training.collation import AugmentedDataset, OutlierCollator, OutlierDataset, SeededDataset, TagCollator
 from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics
-from magneto_training.tag_data import (
-    AugmentedDataset,
-    DataError,
-    OutlierCollator,
-    OutlierDataset,
-    SeededDataset,
-    TagCollator,
-    load_pretraining_splits,
-)
+from magneto_training.tag_data import DataError, load_pretraining_splits
 from modeling_magneto import MagnetoConfig, MagnetoProcessor
 
 TAGS = [f"tag{index}" for index in range(50)]

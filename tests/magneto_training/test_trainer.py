@@ -7,8 +7,9 @@ import torch
 
 from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UserError
 from magneto_training.augmentation import TagAugmentation
+from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics
-from magneto_training.tag_data import AugmentedDataset, TagCollator, load_training_splits
+from magneto_training.tag_data import load_training_splits
 from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
 
