@@ -152,6 +152,7 @@ class MagnetoTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = _option(True, "Save the best epoch, not the last one.")
     metric_for_best_model: str | None = _option("f1", "What the best epoch is best in, on validation.")
     greater_is_better: bool | None = _option(True, "Whether more of that is better.")
+    hub_strategy: str = _option("end", "When to push, with --push_to_hub; at the end the folder is complete.")
     report_to: None | str | list[str] = _option("tensorboard", "Where the training curves go.")
     remove_unused_columns: bool = _option(False, "Our collator needs all columns.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")

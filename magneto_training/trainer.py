@@ -88,7 +88,8 @@ class MagnetoTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        super().save_model(output_dir, _internal_call)
+        # Never pushed from here: train.py pushes once, when card and metrics are there too.
+        super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:  # a pickle, and nothing reads it
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

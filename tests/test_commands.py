@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from hub_server import HubServer
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from modeling_magneto import MagnetoForOutlierDetection, MagnetoForTagSummarization
@@ -149,6 +151,32 @@ def test_predictions_of_two_processes_equal_those_of_one(trained_dir, dataset_di
     trained = json.loads((trained_dir / "metrics.json").read_text())["test"]
     for name in ("precision", "recall", "f1", "tag_f1", "image_f1", "keep_all_f1", "reducible_f1"):
         assert metrics[name] == pytest.approx(trained[name]), name
+
+
+def test_a_model_is_pushed_and_loaded_by_its_id(config_file, tmp_path):
+    output_dir = tmp_path / "model"
+    with HubServer() as hub:
+        environment = os.environ | hub.environment(tmp_path / "home")
+        arguments = ["--num_train_epochs", 1, "--push_to_hub", "true", "--hub_model_id", "user/tiny"]
+        done = run(ONE_PROCESS, "train.py", config_file, *arguments, "--output_dir", output_dir, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        published = hub.files("user/tiny", "model")
+
+        code = "import sys; from transformers import AutoModel, AutoProcessor\n"
+        code += "model = AutoModel.from_pretrained('user/tiny', trust_remote_code=True)\n"
+        code += "AutoProcessor.from_pretrained('user/tiny', trust_remote_code=True).save_pretrained('loaded')\n"
+        code += "model.save_pretrained('loaded')"
+        loaded = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert loaded.returncode == 0, loaded.stderr[-3000:]
+
+    for name in ("model.safetensors", "README.md", "metrics.json", "modeling_magneto.py", "processor_config.json"):
+        assert published[name] == (output_dir / name).read_bytes(), name
+    assert 'from_pretrained("user/tiny"' in published["README.md"].decode()
+    assert not [name for name in published if name.endswith((".bin", ".pt", ".pth"))]
+    weights, same = (load_file(folder / "model.safetensors") for folder in (output_dir, tmp_path / "loaded"))
+    assert weights.keys() == same.keys() and all(torch.equal(weights[name], same[name]) for name in weights)
 
 
 def test_pretraining_reads_no_labels_and_training_goes_on_from_it(config_file, dataset_dir, tmp_path):
