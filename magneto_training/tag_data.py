@@ -262,14 +262,14 @@ def check_rows(
     checked = dataset.select_columns(columns)
     if use_images:
         checked = checked.cast_column("image", datasets.Image(decode=False))
+    large = len(dataset) > ROWS_PER_CHECKING_PROCESS  # less is checked before another process has started
     checked = checked.with_format("arrow").map(
         _find_problems,
         batched=True,
         fn_kwargs={"allow_unlabeled": allow_unlabeled},
         remove_columns=columns,
         features=datasets.Features({"problem": datasets.Value("string"), "item_id": datasets.Value("string")}),
-        # Small data is checked before another process has started.
-        num_proc=min(os.cpu_count() or 1, len(dataset) // ROWS_PER_CHECKING_PROCESS) or None,
+        num_proc=min(os.cpu_count() or 1, 1 + len(dataset) // ROWS_PER_CHECKING_PROCESS) if large else None,
         desc=f"Checking {name}",
     )
     problems = pc.fill_null(_column(checked, "problem"), "").to_numpy(zero_copy_only=False)
