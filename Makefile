@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 # All that accelerate would otherwise say that it has chosen itself.
-LAUNCH := $(LAUNCH) --num_machines 1 --mixed_precision no --dynamo_backend no
+LAUNCH := $(RUN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 # What the demo draws and how long it trains; `make demo DEMO_IMAGES=800 DEMO_EPOCHS=3` is a quick look.
 DEMO_IMAGES ?= 4000
