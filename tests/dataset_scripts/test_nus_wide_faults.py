@@ -17,7 +17,7 @@ def edit_lines(path: Path, edit) -> None:
     path.write_bytes(b"".join(edit(lines)))
 
 
-def fails(run_script, source: Path, *parts: str) -> None:
+def check_failure(run_script, source: Path, *parts: str) -> None:
     """The script ends with one line that holds all parts, and leaves nothing behind."""
     out = source.parent / "out"
     outcome = run_script("prepare_nus_wide", source, out, "--no_images")
@@ -32,7 +32,7 @@ def fails(run_script, source: Path, *parts: str) -> None:
 def test_a_missing_part_is_named_with_its_download(run_script, small_nus_wide):
     (small_nus_wide / TAGS).unlink()
     (small_nus_wide / LABELS).unlink()
-    fails(
+    check_failure(
         run_script,
         small_nus_wide,
         "missing NUS_WID_Tags/AllTags81.txt (usually from NUS_WID_Tags.zip)",
@@ -42,7 +42,7 @@ def test_a_missing_part_is_named_with_its_download(run_script, small_nus_wide):
 
 
 def test_a_missing_folder_is_named(run_script, tmp_path):
-    fails(run_script, tmp_path / "nowhere", "nowhere: no such folder")
+    check_failure(run_script, tmp_path / "nowhere", "nowhere: no such folder")
 
 
 def test_a_truncated_zip_is_named(run_script, small_nus_wide):
@@ -52,7 +52,7 @@ def test_a_truncated_zip_is_named(run_script, small_nus_wide):
     (small_nus_wide / TAGS).unlink()
     (small_nus_wide / "NUS_WID_Tags.zip").write_bytes(whole.read_bytes()[:-40])
     whole.unlink()
-    fails(run_script, small_nus_wide, "AllTags81.txt", "damaged: NUS_WID_Tags.zip")
+    check_failure(run_script, small_nus_wide, "AllTags81.txt", "damaged: NUS_WID_Tags.zip")
 
 
 def test_a_zip_with_a_flipped_byte_is_named(run_script, small_nus_wide):
@@ -63,7 +63,7 @@ def test_a_zip_with_a_flipped_byte_is_named(run_script, small_nus_wide):
     data[200] ^= 1
     damaged.write_bytes(data)
     (small_nus_wide / TAGS).unlink()
-    fails(run_script, small_nus_wide, "NUS_WID_Tags.zip/NUS_WID_Tags/AllTags81.txt", "CRC")
+    check_failure(run_script, small_nus_wide, "NUS_WID_Tags.zip/NUS_WID_Tags/AllTags81.txt", "CRC")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
@@ -102,49 +102,49 @@ def test_a_zip_of_an_unknown_version_is_named(run_script, small_nus_wide):
     data[data.index(b"PK\x01\x02") + 6] ^= 128  # the version that it takes to read this
     damaged.write_bytes(data)
     (small_nus_wide / TAGS).unlink()
-    fails(run_script, small_nus_wide, "AllTags81.txt", "damaged: NUS_WID_Tags.zip")
+    check_failure(run_script, small_nus_wide, "AllTags81.txt", "damaged: NUS_WID_Tags.zip")
 
 
 def test_two_different_files_of_one_name_are_named(run_script, small_nus_wide):
     (small_nus_wide / "copy").mkdir()
     (small_nus_wide / "copy/AllTags81.txt").write_text("0 1\n")
-    fails(run_script, small_nus_wide, "AllTags81.txt and copy/AllTags81.txt differ")
+    check_failure(run_script, small_nus_wide, "AllTags81.txt and copy/AllTags81.txt differ")
 
 
 def test_a_short_label_file_is_named(run_script, small_nus_wide):
     edit_lines(small_nus_wide / LABELS, lambda lines: lines[:-1])
-    fails(run_script, small_nus_wide, "Labels_sun.txt: 19 lines, expected 20 as in Imagelist.txt")
+    check_failure(run_script, small_nus_wide, "Labels_sun.txt: 19 lines, expected 20 as in Imagelist.txt")
 
 
 @pytest.mark.parametrize("value", [b"2", b"-1130179", b"", b"yes", b"1 0"])
 def test_a_label_that_is_not_0_or_1_is_named(run_script, small_nus_wide, value):
     edit_lines(small_nus_wide / LABELS, lambda lines: [*lines[:4], value + b"\n", *lines[5:]])
-    fails(run_script, small_nus_wide, "Labels_sun.txt, line 5")
+    check_failure(run_script, small_nus_wide, "Labels_sun.txt, line 5")
 
 
 def test_a_tag_row_with_80_columns_is_named(run_script, small_nus_wide):
     edit_lines(small_nus_wide / TAGS, lambda lines: [*lines[:2], b"0 " * 80 + b"\n", *lines[3:]])
-    fails(run_script, small_nus_wide, "AllTags81.txt, line 3: 80 values, expected 81")
+    check_failure(run_script, small_nus_wide, "AllTags81.txt, line 3: 80 values, expected 81")
 
 
 def test_a_tag_that_is_not_0_or_1_is_named_with_its_concept(run_script, small_nus_wide):
     edit_lines(small_nus_wide / TAGS, lambda lines: [*lines[:2], b"7" + lines[2][1:], *lines[3:]])
-    fails(run_script, small_nus_wide, "AllTags81.txt, line 3, airport: found '7', expected 0 or 1")
+    check_failure(run_script, small_nus_wide, "AllTags81.txt, line 3, airport: found '7', expected 0 or 1")
 
 
 def test_digits_that_touch_are_not_two_columns(run_script, small_nus_wide):
     edit_lines(small_nus_wide / TAGS, lambda lines: [b"00 " + b"0 " * 79 + b"\n", *lines[1:]])
-    fails(run_script, small_nus_wide, "AllTags81.txt, line 1, airport: found '00'")
+    check_failure(run_script, small_nus_wide, "AllTags81.txt, line 1, airport: found '00'")
 
 
 def test_an_image_in_neither_list_is_named(run_script, small_nus_wide):
     edit_lines(small_nus_wide / TRAIN, lambda lines: [*lines[:5], *lines[6:]])
-    fails(run_script, small_nus_wide, "Imagelist.txt, line 6: sky/0005_105.jpg is neither in")
+    check_failure(run_script, small_nus_wide, "Imagelist.txt, line 6: sky/0005_105.jpg is neither in")
 
 
 def test_a_listed_image_that_does_not_exist_is_named(run_script, small_nus_wide):
     edit_lines(small_nus_wide / TRAIN, lambda lines: [*lines, b"x\\0001_999.jpg\r\n"])
-    fails(run_script, small_nus_wide, "line 16: x/0001_999.jpg is not in Imagelist.txt")
+    check_failure(run_script, small_nus_wide, "line 16: x/0001_999.jpg is not in Imagelist.txt")
 
 
 @pytest.mark.parametrize("name", [IMAGES, TRAIN])
@@ -153,13 +153,13 @@ def test_a_shuffled_list_is_named(run_script, small_nus_wide, name):
         return random.Random(0).sample(lines, len(lines))
 
     edit_lines(small_nus_wide / name, shuffle)
-    fails(run_script, small_nus_wide, "Imagelist.txt, line", "in the same order")
+    check_failure(run_script, small_nus_wide, "Imagelist.txt, line", "in the same order")
 
 
 def test_a_shuffled_concept_list_is_named(run_script, small_nus_wide):
     path = small_nus_wide / "ConceptsList/Concepts81.txt"
     edit_lines(path, lambda lines: [lines[1], lines[0], *lines[2:]])
-    fails(run_script, small_nus_wide, "line 1: found 'animal', expected 'airport'")
+    check_failure(run_script, small_nus_wide, "line 1: found 'animal', expected 'airport'")
 
 
 @pytest.mark.parametrize("name", [IMAGES, TAGS, LABELS])
@@ -167,12 +167,12 @@ def test_a_shuffled_concept_list_is_named(run_script, small_nus_wide):
 def test_another_encoding_is_named(run_script, small_nus_wide, name, encoding):
     path = small_nus_wide / name
     path.write_bytes(path.read_text().encode(encoding))
-    fails(run_script, small_nus_wide, f"{name}, line 1: byte 0x", "expected plain ASCII text")
+    check_failure(run_script, small_nus_wide, f"{name}, line 1: byte 0x", "expected plain ASCII text")
 
 
 def test_a_list_of_something_else_is_named(run_script, small_nus_wide):
     edit_lines(small_nus_wide / IMAGES, lambda lines: [*lines[:3], b"../../etc/passwd\n"])
-    fails(run_script, small_nus_wide, "Imagelist.txt, line 4: found '../../etc/passwd'")
+    check_failure(run_script, small_nus_wide, "Imagelist.txt, line 4: found '../../etc/passwd'")
 
 
 def test_no_photographs_at_all_is_an_error_that_says_the_way_out(run_script, small_nus_wide):
