@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from huggingface_hub import metadata_load
 from PIL import Image
 
 from modeling_magneto.processing_magneto import normalize_tag
@@ -63,9 +64,10 @@ def load_tag_dataset(dataset_name: str, dataset_config_name: str | None = None) 
         tables = _find_tables(folder) if folder.is_dir() else {}
         if not tables:
             splits = load_dataset(dataset_name, dataset_config_name)
+            parent = folder if folder.is_dir() else None
             return DatasetDict(
                 {
-                    name: _with_standard_columns(split, f"{dataset_name}, {name}", None)
+                    name: _with_standard_columns(split, f"{dataset_name}, {name}", parent)
                     for name, split in splits.items()
                 }
             )
@@ -100,14 +102,14 @@ def _load_tables(paths: list[Path]) -> Dataset:
 def _find_tables(folder: Path) -> dict[tuple[str, Path], list[Path]]:
     """The tables below a folder by split and parent folder; none where `load_dataset` knows what the dataset is.
 
-    It knows from a README, and from the `metadata` tables of its image folders. Without them it would take a folder
-    with more photographs than tables for an image folder.
+    It knows from the `configs` in a README, and from the `metadata` tables of its image folders. Without them it would
+    take a folder with more photographs than tables for an image folder.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     tables = [path for path in files if path.suffix.lower() in TABLE_BUILDERS]
     tables = [path for path in tables if not path.name.endswith(".metrics.json")]  # what predict.py writes
-    if (folder / "README.md").exists() or any(map(_describes_image_folder, tables)):
+    if _has_configs(folder / "README.md") or any(map(_describes_image_folder, tables)):
         return {}
     kinds = sorted({TABLE_BUILDERS[path.suffix.lower()] for path in tables})
     if len(kinds) > 1:
@@ -122,6 +124,10 @@ def _split_of(path: Path, folder: Path) -> str:
     """What a table's name, or else a folder's, says: `data/test-00001.csv` is of the split test."""
     words = re.split(r"[^a-z]+", path.relative_to(folder).with_suffix("").as_posix().lower())
     return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), "train")
+
+
+def _has_configs(card: Path) -> bool:
+    return card.is_file() and "configs" in (metadata_load(card) or {})
 
 
 def _describes_image_folder(path: Path) -> bool:

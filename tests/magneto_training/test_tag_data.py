@@ -177,6 +177,23 @@ def test_a_whole_word_of_the_name_says_the_split(tmp_path, name, split):
     assert list(load_tag_dataset(str(tmp_path))) == [split]
 
 
+@pytest.mark.parametrize(
+    "card",
+    ["# My photographs\n", "---\nconfigs:\n- config_name: default\n  data_files: data/rows.csv\n---\n"],
+    ids=["prose", "configs"],
+)
+def test_a_readme_beside_the_tables_does_no_harm(tmp_path, card):
+    # More photographs than tables: without a word in the README, datasets would see an image folder.
+    write_photographs(tmp_path / "data", a="red", b="blue", c="green")
+    path = "data/a.png" if "configs" in card else "a.png"
+    write_csv(tmp_path / "data" / "rows.csv", [{"item_id": "x", "image": path, "tags": "red, sea"}])
+    (tmp_path / "README.md").write_text(card)
+
+    row = load_tag_dataset(str(tmp_path))["train"][0]
+
+    assert row["tags"] == ["red", "sea"] and row["image"].convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_an_image_folder_is_left_to_datasets(tmp_path):
     write_photographs(tmp_path / "train", a="red")
     write_csv(tmp_path / "train" / "metadata.csv", [{"file_name": "a.png", "item_id": "x1", "tags": "x"}])
