@@ -159,7 +159,7 @@ class MagnetoTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better figure.")
 
     def __post_init__(self):
-        for name in ("learning_rate", "num_train_epochs"):
+        for name in ("learning_rate", "num_train_epochs", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -205,7 +205,7 @@ class PredictArguments:
                 raise UsageError(f"--{name} is missing")
         if not self.output_file.endswith(".parquet"):
             raise UsageError(f"output_file is {self.output_file!r}, expected a name that ends in .parquet")
-        for name, lowest in (("batch_size", 1), ("num_workers", 0), ("report_images", 0), ("top_k", 1)):
+        for name, lowest in (("batch_size", 1), ("num_workers", 0), ("report_images", 0), ("top_k", 1), ("seed", 0)):
             if (value := getattr(self, name)) is not None and value < lowest:
                 raise UsageError(f"{name} is {value}, expected at least {lowest}")
         if self.inject_outliers is not None and self.inject_outliers <= 0:

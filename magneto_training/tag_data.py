@@ -48,8 +48,8 @@ def load_tag_dataset(dataset_name: str, dataset_config_name: str | None = None) 
     """Load a dataset and bring its columns into the project's form.
 
     Args:
-        dataset_name: A Hub id, or a folder of Parquet, CSV or JSON files. In a CSV or JSON table, `image` may be a
-            path relative to the table, and `tags` a list or a text with commas.
+        dataset_name: A Hub id, or a folder of Parquet, CSV or JSON files. In a table, `image` may be a path relative
+            to the table, and `tags` a list or a text with commas.
         dataset_config_name: A configuration of the dataset, such as `unlabeled`.
 
     Returns:

@@ -222,6 +222,7 @@ def test_our_own_mistakes_keep_their_traceback():
         ("learning_rate", "-1", "learning_rate is -1"),
         ("learning_rate", "nan", "learning_rate is nan"),
         ("num_train_epochs", "-1", "num_train_epochs is -1"),
+        ("seed", "-1", "seed is -1"),
         ("optim_args", "momentum0.9", "optim_args is 'momentum0.9', expected name=value"),
     ],
 )
