@@ -91,6 +91,15 @@ def without_images(dataset: Dataset) -> Dataset:
     return dataset.select_columns([name for name in dataset.column_names if name != "image"])
 
 
+def rows_for_model(dataset: Dataset, processor: MagnetoProcessor, args: PredictArguments) -> Dataset | OutlierDataset:
+    """The rows as the model reads them: without photographs where it needs none, and with `inject_outliers` with
+    strange tags, which a row then names in `outliers`."""
+    rows = dataset if processor.use_images else without_images(dataset)
+    if args.inject_outliers is not None:
+        rows = OutlierDataset(rows, args.seed, processor.vocabulary, args.inject_outliers)
+    return rows
+
+
 def has_ground_truth(dataset: Dataset) -> bool:
     """Whether any row has an important tag; a column of empty lists says that nothing is known."""
     if "important_tags" not in dataset.column_names:
@@ -136,6 +145,7 @@ def predict_batches(
     num_workers: int = 0,
     threshold: float = THRESHOLD,
     top_k: int | None = None,
+    output_attentions: bool = False,
 ) -> Iterator[PredictedBatch]:
     """Score the rows in their order, batch by batch; nothing is kept.
 
@@ -146,12 +156,16 @@ def predict_batches(
         batch_size: Images a step.
         num_workers: Processes that read and decode photographs.
         threshold, top_k: As in `MagnetoProcessor.post_process`.
+        output_attentions: Whether the outputs tell what each tag looked at.
     """
     collate = functools.partial(_rows_and_batch, TagCollator(processor))
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     for rows, batch in loader:
         with torch.inference_mode():
-            outputs = model(**{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"})
+            outputs = model(
+                **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"},
+                output_attentions=output_attentions,
+            )
         results = processor.post_process(outputs, [row["tags"] for row in rows], threshold=threshold, top_k=top_k)
         yield PredictedBatch(rows, results, outputs, batch.get("labels"))
 
@@ -183,9 +197,7 @@ def predict_dataset(
         parts.mkdir(parents=True)
     accelerator.wait_for_everyone()
 
-    rows = dataset if processor.use_images else without_images(dataset)
-    if args.inject_outliers is not None:
-        rows = OutlierDataset(rows, args.seed, processor.vocabulary, args.inject_outliers)
+    rows = rows_for_model(dataset, processor, args)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     share = Subset(rows, range(len(rows) * rank // num_ranks, len(rows) * (rank + 1) // num_ranks))
     model.to(accelerator.device)
