@@ -13,7 +13,7 @@ DEMO_EPOCHS ?= 12
 # One folder of packages for everything; installed again when pyproject.toml changes.
 $(VENV)/demo: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --editable ".[demo]"
+	$(VENV)/bin/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/dev: pyproject.toml

@@ -17,6 +17,7 @@ from magneto_training.arguments import (
 from magneto_training.backbone import resolve_normalization
 from magneto_training.collation import AugmentedDataset, OutlierCollator, SeededDataset, TagCollator
 from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics, write_metrics
+from magneto_training.figures import write_training_curves
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
 from magneto_training.tag_data import build_vocabulary, load_pretraining_splits
@@ -68,6 +69,7 @@ def main() -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         output_dir = Path(training_args.output_dir)
+        write_training_curves(trainer.state.log_history, output_dir / "training_curves.png")
         write_metrics(output_dir / "metrics.json", metrics)
         print(format_detection_metrics(metrics["validation"]))
         repo_id = trainer.hub_model_id or output_dir.name

@@ -15,6 +15,7 @@ from magneto_training.augmentation import TagAugmentation
 from magneto_training.backbone import resolve_normalization
 from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics, format_metrics, write_metrics
+from magneto_training.figures import write_training_curves
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
 from magneto_training.tag_data import build_vocabulary, load_training_splits
@@ -64,6 +65,7 @@ def main() -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         output_dir = Path(training_args.output_dir)
+        write_training_curves(trainer.state.log_history, output_dir / "training_curves.png")
         write_metrics(output_dir / "metrics.json", metrics)
         print(format_metrics(metrics))
         repo_id = trainer.hub_model_id or output_dir.name

@@ -102,6 +102,7 @@ def write_model_card(
         use_images=processor.use_images,
         num_tags=len(vocabulary),
         metrics=metrics,
+        training_curves=(output_dir / "training_curves.png").exists(),
         settings={name: getattr(value, "value", value) for name, value in settings.items()},
     )
     card.save(output_dir / "README.md")

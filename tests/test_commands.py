@@ -68,6 +68,7 @@ def test_training_leaves_a_complete_folder(trained_dir):
     names = {path.name for path in trained_dir.iterdir()}
     assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "README.md"} <= names
     assert {"modeling_magneto.py", "processing_magneto.py", "metrics.json", "trainer_state.json"} <= names
+    assert "training_curves.png" in names and "(training_curves.png)" in (trained_dir / "README.md").read_text()
     assert list(trained_dir.glob("runs/*/events*")), "no TensorBoard log"
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
     assert isinstance(AutoModel.from_pretrained(trained_dir), MagnetoForTagSummarization)
@@ -193,6 +194,7 @@ def test_pretraining_reads_no_labels_and_training_goes_on_from_it(config_file, d
     assert metrics["num_images"] == 4
     assert isinstance(AutoModel.from_pretrained(pretrained), MagnetoForOutlierDetection)
     assert "--init_from pretrained" in (pretrained / "README.md").read_text()
+    assert (pretrained / "training_curves.png").exists()
 
     printed = run_well(
         ONE_PROCESS, "train.py", *arguments, "--init_from", pretrained, "--output_dir", tmp_path / "model"

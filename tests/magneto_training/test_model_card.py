@@ -114,3 +114,10 @@ def test_the_card_has_no_gaps(make_card):
 
     assert not [gap for gap in ("{{", "}}", "{%", "None`", "Undefined") if gap in text]
     assert model_card.TEMPLATE.is_file()
+
+
+def test_the_card_shows_the_training_curves_where_there_are_any(make_card, tmp_path):
+    assert "training_curves" not in make_card().text
+
+    (tmp_path / "my-model" / "training_curves.png").touch()
+    assert "![Curves of the training](training_curves.png)" in make_card().text
