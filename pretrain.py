@@ -17,6 +17,7 @@ from magneto_training.arguments import (
 from magneto_training.backbone import resolve_normalization
 from magneto_training.collation import AugmentedDataset, OutlierCollator, SeededDataset, TagCollator
 from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics, write_metrics
+from magneto_training.feature_cache import build_feature_caches
 from magneto_training.figures import write_training_curves
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
@@ -48,14 +49,18 @@ def main() -> None:
         initialize_model(model, processor, model_args, training_args.seed)
     else:
         check_checkpoint(checkpoint, model.config)
+        model = MagnetoForOutlierDetection.from_pretrained(checkpoint)
+    features = {}
+    if training_args.cached_views and use_images:
+        features = build_feature_caches(model, processor, splits, data_args, training_args)
 
     # Training. The validation split's outliers are the same in every epoch.
-    validation = SeededDataset(splits["validation"], training_args.seed)
+    validation = SeededDataset(splits["validation"], training_args.seed, features.get("validation"))
     trainer = MagnetoTrainer(
         model,
         training_args,
         processor,
-        train_dataset=AugmentedDataset(splits["train"], training_args.seed),
+        train_dataset=AugmentedDataset(splits["train"], training_args.seed, features.get("train")),
         eval_dataset=validation,
         train_collator=OutlierCollator(TagCollator.for_training(processor, data_args), data_args.outlier_ratio),
         eval_collator=OutlierCollator(TagCollator(processor), data_args.outlier_ratio),

@@ -13,8 +13,9 @@ from magneto_training.arguments import (
 )
 from magneto_training.augmentation import TagAugmentation
 from magneto_training.backbone import resolve_normalization
-from magneto_training.collation import AugmentedDataset, TagCollator
+from magneto_training.collation import AugmentedDataset, SeededDataset, TagCollator
 from magneto_training.evaluation import compute_metrics, format_metrics, write_metrics
+from magneto_training.feature_cache import build_feature_caches
 from magneto_training.figures import write_training_curves
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
@@ -44,15 +45,21 @@ def main() -> None:
         initialize_model(model, processor, model_args, training_args.seed)
     else:
         check_checkpoint(checkpoint, model.config)
+        model = MagnetoForTagSummarization.from_pretrained(checkpoint)
+    features = {}
+    if training_args.cached_views and use_images:
+        features = build_feature_caches(model, processor, splits, data_args, training_args)
 
     # Training.
     tag_augmentation = TagAugmentation(vocabulary, data_args.tag_add_ratio, data_args.tag_drop_ratio)
+    train = AugmentedDataset(splits.pop("train"), training_args.seed, features.get("train"))
+    evaluated = {name: SeededDataset(rows, training_args.seed, features.get(name)) for name, rows in splits.items()}
     trainer = MagnetoTrainer(
         model,
         training_args,
         processor,
-        train_dataset=AugmentedDataset(splits["train"], training_args.seed),
-        eval_dataset=splits["validation"],
+        train_dataset=train,
+        eval_dataset=evaluated["validation"],
         train_collator=TagCollator.for_training(processor, data_args, tag_augmentation),
         eval_collator=TagCollator(processor),
         compute_metrics=compute_metrics,
@@ -60,7 +67,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Results.
-    metrics = {name: trainer.evaluate_split(name, splits[name]) for name in ("validation", "test") if name in splits}
+    metrics = {name: trainer.evaluate_split(name, rows) for name, rows in evaluated.items()}
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():

@@ -157,14 +157,19 @@ class MagnetoTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = _option(False, "Our collator needs all columns.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")
     early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better figure.")
+    cached_views: int = _option(
+        0, "Run a frozen backbone once over this many augmented views of each photograph, and train from its features."
+    )
+    feature_cache_dir: str | None = _option(None, "Where they are kept; by default magneto_features in HF_HOME.")
 
     def __post_init__(self):
         for name in ("learning_rate", "num_train_epochs", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
+        lowest_values = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "cached_views": 0}
+        for name, lowest in lowest_values.items():
+            if getattr(self, name) < lowest:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
         if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
             raise UsageError(f"optim_args is {self.optim_args!r}, expected name=value, separated by commas")
         super().__post_init__()
@@ -212,6 +217,32 @@ class PredictArguments:
             raise UsageError(f"inject_outliers is {self.inject_outliers}, expected a ratio above 0")
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"threshold is {self.threshold}, expected a number in [0, 1]")
+
+
+@dataclass
+class ReproductionArguments:
+    """The paper's experiments, beside the arguments of train.py, which are the setting that they start from."""
+
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Every experiment is run with each."}
+    )
+    tad_ratio: float = _option(0.5, "beta and beta-hat of the rows of table 3 that have TAD.")
+    outlier_ratio: float = _option(0.5, "Strange tags for each own tag in the outlier test of table 3.")
+    pretraining_config_name: str | None = _option(
+        None, "The configuration of the dataset to pre-train on, such as unlabeled; by default that of the training."
+    )
+    pretraining_epochs: float | None = _option(None, "Epochs of pre-training; by default as many as of training.")
+    pretraining_outlier_ratio: float = _option(1.0, "Strange tags for each own tag in pre-training.")
+    num_parallel_runs: int = _option(1, "Runs at a time; on CPUs each takes one thread.")
+
+    def __post_init__(self):
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"seeds is {self.seeds}, expected different numbers of at least 0")
+        for name in ("tad_ratio", "outlier_ratio", "pretraining_outlier_ratio"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected a ratio above 0")
+        if self.num_parallel_runs < 1:
+            raise UsageError(f"num_parallel_runs is {self.num_parallel_runs}, expected at least 1")
 
 
 class _Parser(HfArgumentParser):

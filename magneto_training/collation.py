@@ -11,6 +11,7 @@ from modeling_magneto.processing_magneto import normalize_tag, normalize_tags
 
 from .arguments import RowArguments
 from .augmentation import ImageAugmentation, TagAugmentation, draw_outliers, example_seed
+from .feature_cache import FeatureCache
 
 
 class SeededDataset(torch.utils.data.Dataset):
@@ -19,33 +20,49 @@ class SeededDataset(torch.utils.data.Dataset):
     Args:
         dataset: Rows as of `load_tag_dataset`.
         seed: The run's seed.
+        features: Read instead of the photographs; the seed decides which view.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset = dataset
+    epoch = 0
+
+    def __init__(self, dataset: Dataset, seed: int, features: FeatureCache | None = None):
+        self.dataset = dataset if features is None else without_images(dataset)
         self.seed = seed
+        self.features = features
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        return {**self.dataset[index], "seed": example_seed(self.seed, 0, index)}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """The rows of a batch at once, which is quicker; called by the data loader."""
+        columns = self.dataset[indices]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        for row, index in zip(rows, indices, strict=True):
+            row["seed"] = example_seed(self.seed, int(self.epoch), index)
+            if self.features is not None:
+                row["image_features"] = self.features.read(index, row["seed"] % self.features.num_views)
+        return rows
 
 
 class AugmentedDataset(SeededDataset):
     """Training rows, whose random changes differ in every epoch."""
 
-    def __init__(self, dataset: Dataset, seed: int):
-        super().__init__(dataset, seed)
+    def __init__(self, dataset: Dataset, seed: int, features: FeatureCache | None = None):
+        super().__init__(dataset, seed, features)
         # Shared memory: workers that outlive an epoch see the next one too.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader before each epoch."""
-        self._epoch.fill_(epoch)
+        self.epoch.fill_(epoch)
 
-    def __getitem__(self, index: int) -> dict:
-        return {**self.dataset[index], "seed": example_seed(self.seed, int(self._epoch), index)}
+
+def without_images(dataset: Dataset) -> Dataset:
+    """The same rows, of which no photograph will be decoded."""
+    return dataset.select_columns([name for name in dataset.column_names if name != "image"])
 
 
 class TagCollator:
@@ -79,6 +96,9 @@ class TagCollator:
         training: bool = False,
     ):
         self.processor = processor
+        self.tag_processor = MagnetoProcessor(
+            processor.image_processor, processor.tokenizer, processor.max_tags, use_images=False
+        )
         self.image_augmentation = image_augmentation
         self.tag_augmentation = tag_augmentation
         self.training = training
@@ -93,7 +113,8 @@ class TagCollator:
         return cls(processor, image_augmentation, tag_augmentation, training=True)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        images = [row["image"] for row in rows] if self.processor.use_images else None
+        cached = "image_features" in rows[0]
+        images = [row["image"] for row in rows] if self.processor.use_images and not cached else None
         tags = [row["tags"] for row in rows]
         important_tags = [row["important_tags"] for row in rows] if "important_tags" in rows[0] else None
         if self.training:
@@ -105,8 +126,11 @@ class TagCollator:
         if images is not None and self.image_augmentation is not None:
             images = [self.image_augmentation(row["image"], row["seed"]) for row in rows]
             resize = {"do_resize": False, "do_center_crop": False}
-        batch = self.processor(images, tags, important_tags, truncation=self.training, **resize)
-        return dict(batch)
+        processor = self.tag_processor if cached else self.processor
+        batch = dict(processor(images, tags, important_tags, truncation=self.training, **resize))
+        if cached:
+            batch["image_features"] = torch.stack([row["image_features"] for row in rows])
+        return batch
 
     def _augmented_tags(self, tags: list[str], important_tags: list[str], rng: np.random.Generator) -> list[str]:
         tags = normalize_tags(tags)

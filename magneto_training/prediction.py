@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
 from modeling_magneto.loss_magneto import IGNORED_LABEL
 from modeling_magneto.modeling_magneto import MagnetoOutput
-from modeling_magneto.selection_magneto import select
+from modeling_magneto.selection_magneto import select_by_threshold, select_top_k
 
 from .arguments import PredictArguments, UserError
-from .collation import OutlierDataset, TagCollator
+from .collation import OutlierDataset, TagCollator, without_images
 from .evaluation import THRESHOLD, evaluate_selection, output_names, write_metrics
 from .initialization import load_source
 from .tag_data import DataError, checked_split, load_tag_dataset
@@ -84,11 +84,6 @@ def load_prediction_split(args: PredictArguments, use_images: bool) -> Dataset:
     # A tag-only model's report shows the photographs all the same.
     columns = ["item_id", "tags", "image", *(["important_tags"] if use_labels else [])]
     return dataset.select_columns([name for name in columns if name in dataset.column_names])
-
-
-def without_images(dataset: Dataset) -> Dataset:
-    """The same rows, of which no photograph will be decoded."""
-    return dataset.select_columns([name for name in dataset.column_names if name != "image"])
 
 
 def rows_for_model(dataset: Dataset, processor: MagnetoProcessor, args: PredictArguments) -> Dataset | OutlierDataset:
@@ -259,7 +254,7 @@ def _collect(batch: PredictedBatch, known_labels: list, selected: dict[str, list
     known_labels += [batch.labels[index, real[index]].numpy().astype(np.int8) for index in labelled]
     for name, rows in selected.items():
         scores = torch.sigmoid(batch.outputs[name].float()).cpu()
-        kept = select(scores, real, args.threshold, args.top_k)
+        kept = select_by_threshold(scores, real, args.threshold) if args.top_k is None else select_top_k(scores, real, args.top_k)
         rows += [kept[index, real[index]].numpy().astype(np.int8) for index in labelled]
 
 

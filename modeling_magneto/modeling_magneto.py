@@ -14,6 +14,7 @@
 B images, L tags, D hidden size, R regions, C channels of the backbone.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,14 +231,21 @@ class MagnetoImageFeatureExtractor(nn.Module):
             module.eval().requires_grad_(False)
         return self
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W), normalised -> one vector for each of the R regions, row by row (B, R, D)."""
+    def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The backbone's alone: (B, 3, H, W), normalised -> (B, C, h, w)."""
         # Convolutions are about twice as fast with the channels last, on CPUs and GPUs alike.
         pixel_values = pixel_values.to(self.projection.weight.dtype).contiguous(memory_format=torch.channels_last)
-        features = self.backbone.forward_features(pixel_values)  # (B, C, h, w)
-        if self.channels_last:
-            features = features.permute(0, 3, 1, 2)
-        return self.norm(self.projection(features)).flatten(2).transpose(1, 2)
+        features = self.backbone.forward_features(pixel_values)
+        return features.permute(0, 3, 1, 2) if self.channels_last else features
+
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Photographs, or their feature maps (B, C, h, w) -> one vector for each region, row by row (B, R, D)."""
+        if image_features is None:
+            image_features = self.feature_map(pixel_values)
+        image_features = image_features.to(self.projection.weight.dtype)
+        return self.norm(self.projection(image_features)).flatten(2).transpose(1, 2)
 
 
 class MagnetoGate(nn.Module):
@@ -334,6 +342,7 @@ class MagnetoModel(MagnetoPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> MagnetoModelOutput:
@@ -343,12 +352,14 @@ class MagnetoModel(MagnetoPreTrainedModel):
             input_ids: (B, L) int64, indices of the tags, in any order.
             attention_mask: (B, L), 1 for tags and 0 for padding; by default everything but `[PAD]` is a tag.
             pixel_values: (B, 3, H, W) float, normalised photographs; not used by `streams="tag"`.
+            image_features: (B, C, h, w) float, instead of photographs what the backbone makes of them, as
+                `image_feature_extractor.feature_map` returns it: a frozen backbone need not compute it twice.
             output_attentions: Return what each tag looked at.
 
         Raises:
             ValueError: There is no photograph, and the model needs one.
         """
-        if pixel_values is None and self.config.streams != "tag":
+        if pixel_values is None and image_features is None and self.config.streams != "tag":
             raise ValueError(
                 f"pixel_values is missing: a model with streams={self.config.streams!r} needs photographs"
             )
@@ -366,7 +377,7 @@ class MagnetoModel(MagnetoPreTrainedModel):
 
         image_states = attentions = None
         if self.config.streams != "tag":
-            regions = self.image_feature_extractor(pixel_values)  # (B, R, D)
+            regions = self.image_feature_extractor(pixel_values, image_features)  # (B, R, D)
             looked_at, attentions = self.tag_to_image_attention(tags, regions, output_attentions=output_attentions)
             image_states = self.image_encoder(self.dropout(F.relu(looked_at)), mask)  # (B, L, D)
 
@@ -384,11 +395,21 @@ class MagnetoForTagSummarization(MagnetoPreTrainedModel):
             self.gate = MagnetoGate(config)
         self.post_init()
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As every model's, and a folder that `pipeline("tag-summarization")` can load."""
+        # transformers copies the files that this one imports, at whatever place it does so: the pipeline's too.
+        from .pipeline_magneto import TagSummarizationPipeline
+
+        implementation = f"pipeline_magneto.{TagSummarizationPipeline.__name__}"
+        self.config.custom_pipelines = {"tag-summarization": {"impl": implementation, "pt": ["AutoModel"]}}
+        super().save_pretrained(save_directory, **kwargs)
+
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_attentions: bool = False,
         **kwargs: Any,
@@ -398,11 +419,11 @@ class MagnetoForTagSummarization(MagnetoPreTrainedModel):
         Args:
             input_ids: (B, L) int64, indices of the tags.
             attention_mask: (B, L), 1 for tags and 0 for padding.
-            pixel_values: (B, 3, H, W) float, normalised photographs; not used by `streams="tag"`.
+            pixel_values, image_features: As in `MagnetoModel.forward`.
             labels: (B, L), 1 for important tags, 0 for the others, -100 where it is unknown or padding.
             output_attentions: Return what each tag looked at.
         """
-        states = self.magneto(input_ids, attention_mask, pixel_values, output_attentions)
+        states = self.magneto(input_ids, attention_mask, pixel_values, image_features, output_attentions)
         tag_logits, image_logits = self.classifiers(states)
 
         gate = None
@@ -452,6 +473,7 @@ class MagnetoForOutlierDetection(MagnetoPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_attentions: bool = False,
         **kwargs: Any,
@@ -460,7 +482,7 @@ class MagnetoForOutlierDetection(MagnetoPreTrainedModel):
 
         The loss is L_u = L_it + L_t. There is no final output: `logits` is None.
         """
-        states = self.magneto(input_ids, attention_mask, pixel_values, output_attentions)
+        states = self.magneto(input_ids, attention_mask, pixel_values, image_features, output_attentions)
         tag_logits, image_logits = self.detectors(states)
 
         loss = tag_loss = image_loss = None

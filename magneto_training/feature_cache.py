@@ -1,0 +1,272 @@
+"""A frozen backbone's feature maps, computed once and read from disk in every epoch and every run (--cached_views).
+
+A frozen backbone makes the same of a photograph in every epoch; only the augmentation differs. So it is run once over
+a number of augmented views of each photograph, and training picks one of them at each turn.
+
+    FEATURE_CACHE_DIR/<fingerprint>/view-<view>-<first row>.safetensors    {"features": (rows, C, h, w) float16}
+
+The fingerprint is of the photographs, the transform, the backbone and its weights: whatever run has the same of all
+four finds the files of the others, whatever its seed.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
+
+from .arguments import MagnetoTrainingArguments, RowArguments, UsageError, UserError
+from .augmentation import ImageAugmentation, example_seed
+
+FORMAT = 1  # a change of this file that changes what is stored makes it 2
+ROWS_PER_FILE = 2048
+# Views are the same for every seed of training, so that runs share them.
+VIEW_SEED = 0
+
+
+class FeatureCache:
+    """Feature maps of a split's photographs, in several views, memory-mapped.
+
+    Args:
+        files: For each view the files of its rows, each of `ROWS_PER_FILE` rows but for the last.
+    """
+
+    def __init__(self, files: Sequence[Sequence[Path]]):
+        self.files = files
+        self._open: dict[Path, torch.Tensor] = {}
+
+    def __getstate__(self):
+        return {"files": self.files, "_open": {}}  # a worker maps the files itself
+
+    @property
+    def num_views(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int, view: int) -> torch.Tensor:
+        """The feature map of one photograph, (C, h, w) float16; a view of the mapped file."""
+        path = self.files[view][index // ROWS_PER_FILE]
+        if path not in self._open:
+            with safe_open(path, "pt") as file:
+                self._open[path] = file.get_tensor("features")
+        return self._open[path][index % ROWS_PER_FILE]
+
+
+def build_feature_caches(
+    model: MagnetoPreTrainedModel,
+    processor: MagnetoProcessor,
+    splits: dict[str, Dataset],
+    data_args: RowArguments,
+    training_args: MagnetoTrainingArguments,
+) -> dict[str, FeatureCache]:
+    """Run the backbone over the photographs of every split, as far as that has not been done before.
+
+    `train` gets `cached_views` augmented views, or with one view what evaluation sees; the other splits get that. The
+    size is announced before. Each process does its share, and an interrupted build goes on where it was.
+
+    Args:
+        model: With the weights it is trained with, and a frozen backbone.
+        processor: The model's.
+        splits: Checked rows with photographs.
+        data_args: Augmentation of the photographs.
+        training_args: `cached_views`, `feature_cache_dir`, and the batch size, workers and precision of the run.
+
+    Raises:
+        UserError: The backbone is not frozen, the disk is too small, or a feature is beyond float16.
+    """
+    if model.config.num_trainable_backbone_stages:
+        raise UsageError(
+            f"cached_views is {training_args.cached_views} and num_trainable_backbone_stages "
+            f"{model.config.num_trainable_backbone_stages}, expected 0: only a frozen backbone's features can be kept"
+        )
+    state = PartialState()
+    builders = {}
+    with training_args.main_process_first(desc="reading the photographs"):
+        for name, rows in splits.items():
+            views = training_args.cached_views if name == "train" else 1
+            builders[name] = _Builder(model, processor, rows, views, data_args, training_args)
+    if state.is_main_process:
+        _announce(builders)
+    state.wait_for_everyone()
+    for builder in builders.values():
+        builder.build(state)
+    state.wait_for_everyone()
+    return {name: FeatureCache(builder.files) for name, builder in builders.items()}
+
+
+class _Builder:
+    """The files of one split: which there are to be, which are missing, and how they are made."""
+
+    def __init__(
+        self,
+        model: MagnetoPreTrainedModel,
+        processor: MagnetoProcessor,
+        rows: Dataset,
+        num_views: int,
+        data_args: RowArguments,
+        training_args: MagnetoTrainingArguments,
+    ):
+        self.feature_extractor = model.base_model.image_feature_extractor
+        self.processor = processor
+        self.rows = rows
+        self.training_args = training_args
+        self.size = model.config.image_size
+        self.augmentation = None
+        if num_views > 1:
+            self.augmentation = ImageAugmentation(self.size, data_args.min_crop_scale, data_args.auto_augment)
+        transform = {
+            "image_processor": processor.image_processor.to_dict(),
+            "augmentation": None if num_views == 1 else [data_args.min_crop_scale, data_args.auto_augment],
+        }
+        fingerprint = _fingerprint(rows, transform, model, training_args.bf16)
+        cache_dir = Path(training_args.feature_cache_dir or Path(HF_HOME) / "magneto_features")
+        self.folder = cache_dir / fingerprint
+        self.files = [
+            [self.folder / f"view-{view:03d}-{start:09d}.safetensors" for start in range(0, len(rows), ROWS_PER_FILE)]
+            for view in range(num_views)
+        ]
+
+    def missing(self) -> list[tuple[int, int]]:
+        """View and number of each file that is not there yet."""
+        return [
+            (view, number)
+            for view, files in enumerate(self.files)
+            for number, path in enumerate(files)
+            if not path.exists()
+        ]
+
+    def num_missing_rows(self) -> int:
+        return sum(len(self._row_numbers(number)) for _, number in self.missing())
+
+    def num_bytes_per_row(self) -> int:
+        with torch.inference_mode():
+            image = torch.zeros(1, 3, self.size, self.size, device=self.feature_extractor.projection.weight.device)
+            return 2 * self.feature_extractor.feature_map(image).numel()
+
+    def build(self, state: PartialState) -> None:
+        """Make this process's share of the missing files."""
+        self.feature_extractor.to(state.device)
+        share = self.missing()[state.process_index :: state.num_processes]
+        total = sum(len(self._row_numbers(number)) for _, number in share)
+        hidden = not state.is_local_main_process or self.training_args.disable_tqdm or not total
+        with tqdm(total=total, unit="image", desc="Caching features", disable=hidden) as progress:
+            for view, number in share:
+                path = self.files[view][number]
+                with FileLock(f"{path}.lock"):  # another run may be at the same file
+                    if not path.exists():
+                        features = self._features(view, number, progress, state.device)
+                        partial = path.with_suffix(".partial")
+                        save_file({"features": features}, partial)
+                        partial.replace(path)
+
+    def _row_numbers(self, number: int) -> range:
+        return range(number * ROWS_PER_FILE, min(len(self.rows), (number + 1) * ROWS_PER_FILE))
+
+    def _features(self, view: int, number: int, progress: tqdm, device: torch.device) -> torch.Tensor:
+        """(rows, C, h, w) float16."""
+        loader = DataLoader(
+            _Views(self.rows, self._row_numbers(number), view),
+            batch_size=self.training_args.per_device_eval_batch_size,
+            num_workers=self.training_args.dataloader_num_workers,
+            collate_fn=self._pixel_values,
+        )
+        parts = []
+        self.feature_extractor.eval()
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.training_args.bf16):
+            for pixel_values in loader:
+                parts.append(self.feature_extractor.feature_map(pixel_values.to(device)).to("cpu", torch.float16))
+                progress.update(len(pixel_values))
+        features = torch.cat(parts).contiguous()
+        if not features.isfinite().all():
+            raise UserError("cached_views: a feature of the backbone is beyond what float16 holds; train without it")
+        return features
+
+    def _pixel_values(self, rows: list[dict]) -> torch.Tensor:
+        if self.augmentation is None:
+            return self.processor.image_processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+        images = [self.augmentation(row["image"], row["seed"]) for row in rows]
+        return self.processor.image_processor(images, return_tensors="pt", do_resize=False, do_center_crop=False)[
+            "pixel_values"
+        ]
+
+
+class _Views(torch.utils.data.Dataset):
+    """Some photographs of a split, each with the seed of one view of it."""
+
+    def __init__(self, rows: Dataset, numbers: range, view: int):
+        self.rows = rows.select_columns("image")
+        self.numbers = numbers
+        self.view = view
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict:
+        number = self.numbers[index]
+        return {"image": self.rows[number]["image"], "seed": example_seed(VIEW_SEED, self.view, number)}
+
+
+def _announce(builders: dict[str, _Builder]) -> None:
+    """Say how much will be computed and written, and stop where the disk is too small for it."""
+    first = next(iter(builders.values()))
+    missing = {name: builder.num_missing_rows() for name, builder in builders.items()}
+    num_missing, num_bytes = sum(missing.values()), first.num_bytes_per_row()
+    total = sum(len(builder.rows) * len(builder.files) for builder in builders.values())
+    cache_dir = first.folder.parent
+    print(
+        f"feature cache {cache_dir}: {total} feature maps, {total * num_bytes / 1e9:.2f} GB, "
+        f"of which {num_missing} are to be computed",
+        flush=True,
+    )
+    for builder in builders.values():
+        builder.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache_dir).free
+    if free < num_missing * num_bytes:
+        raise UserError(
+            f"the feature cache needs {num_missing * num_bytes / 1e9:.2f} GB and {cache_dir} has "
+            f"{free / 1e9:.2f} GB free; give another --feature_cache_dir, or fewer --cached_views"
+        )
+
+
+def _fingerprint(rows: Dataset, transform: dict, model: MagnetoPreTrainedModel, bf16: bool) -> str:
+    """Of all that a feature map depends on."""
+    digest = hashlib.sha256()
+    config = model.config
+    settings = [FORMAT, transform, config.backbone, config.backbone_kwargs, config.image_size, bf16, VIEW_SEED]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in model.base_model.image_feature_extractor.backbone.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    photographs = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    digests = photographs.with_format("arrow").map(  # kept by `datasets`: a second run need not read them again
+        _digest_photographs,
+        batched=True,
+        remove_columns="image",
+        features=datasets.Features({"digest": datasets.Value("binary")}),
+        desc="Reading photographs",
+    )
+    for batch in digests.with_format("arrow").iter(batch_size=10_000):
+        digest.update(b"".join(batch["digest"].to_pylist()))
+    return digest.hexdigest()[:32]
+
+
+def _digest_photographs(rows: pa.Table) -> pa.Table:
+    digests = []
+    for image in rows["image"].to_pylist():
+        opened = io.BytesIO(image["bytes"]) if image["bytes"] is not None else open(image["path"], "rb")
+        with opened as file:
+            digests.append(hashlib.file_digest(file, "sha256").digest())
+    return pa.table({"digest": pa.array(digests, pa.binary())})

@@ -1,0 +1,475 @@
+"""The paper's experiments: which runs its tables and figures need, making the missing ones, and what comes of them.
+
+OUT/runs/<run>-<seed>.yaml      settings of one run; train.py takes the file too
+OUT/runs/<run>-<seed>/          what it trained
+OUT/outliers/<run>-<seed>.*     the outlier test of one run
+OUT/results.json, results.md, figure_3.png, figure_4.png, figure_8.png
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import DatasetCard
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from .arguments import (
+    DataArguments,
+    MagnetoTrainingArguments,
+    ModelArguments,
+    PretrainingArguments,
+    PretrainingDataArguments,
+    ReproductionArguments,
+    UserError,
+)
+from .evaluation import write_metrics
+from .figures import plot_curves, save_figure
+from .tag_data import DataError, load_tag_dataset
+
+ROOT = Path(__file__).parent.parent
+METRICS = ("precision", "recall", "f1", "reducible_f1")
+
+# Table 2: architecture -> what differs from the settings given.
+ARCHITECTURES = {
+    "FF": {"streams": "tag", "tag_encoder": "feed_forward"},
+    "TF-t": {"streams": "tag", "tag_encoder": "transformer"},
+    "TF-it": {"streams": "image"},
+    "MAGNeto": {"streams": "both", "auxiliary_loss_weight": 0.0},
+    "MAGNeto_aux": {"streams": "both", "auxiliary_loss_weight": 1.0},
+}
+TAG_ONLY_ARCHITECTURES = ("FF", "TF-t")
+MAIN = "MAGNeto_aux"
+
+# What the paper reports of NUS-WIDE: precision, recall and F1 of table 2; outlier percentage and F1 of table 3.
+PAPER_TABLE_2 = {
+    "FF": (90.5, 97.1, 90.8),
+    "TF-t": (93.4, 98.1, 93.2),
+    "TF-it": (94.4, 100.0, 93.8),
+    "MAGNeto": (93.9, 97.6, 93.9),
+    "MAGNeto_aux": (94.5, 96.7, 94.1),
+}
+PAPER_TABLE_3 = {
+    (False, False): (39.34, 93.24),
+    (True, False): (28.60, 93.25),
+    (False, True): (24.98, 94.27),
+    (True, True): (20.53, 94.30),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        name: What it is called in files.
+        seed: Its seed.
+        script: The command that makes it, `train.py` or `pretrain.py`.
+        settings: All that differs from the command's defaults, but for `output_dir`.
+        folder: `OUT/runs`.
+    """
+
+    name: str
+    seed: int
+    script: str
+    settings: dict[str, Any] = dataclasses.field(hash=False)
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-{self.seed}"
+
+    @property
+    def output_dir(self) -> Path:
+        return self.folder / self.label
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.output_dir / "metrics.json").is_file()
+
+    def metrics(self) -> dict[str, float]:
+        return json.loads((self.output_dir / "metrics.json").read_text(encoding="utf-8"))["validation"]
+
+    def history(self) -> list[dict[str, float]]:
+        return json.loads((self.output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+class Reproduction:
+    """Tables 2 and 3 and figures 3, 4 and 8 of the paper, on one dataset.
+
+    Args:
+        args: Seeds, output folder, the strength of TAD, what to pre-train on.
+        model_args, data_args, training_args: The setting of all runs; each experiment changes what it is about.
+
+    Raises:
+        DataError: The dataset cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        args: ReproductionArguments,
+        model_args: ModelArguments,
+        data_args: DataArguments,
+        training_args: MagnetoTrainingArguments,
+    ):
+        self.args = args
+        self.data_args = data_args
+        self.output_dir = Path(training_args.output_dir)
+        self.base = _settings(model_args, data_args, training_args)
+        # The tables are about the paper's rule.
+        self.base |= {"selection": "threshold", "save_total_limit": 1}
+        splits = load_tag_dataset(data_args.dataset_name, data_args.dataset_config_name)
+        if data_args.train_split not in splits:
+            raise DataError(f"{data_args.dataset_name}: split {data_args.train_split!r} is missing")
+        self.has_images = "image" in splits[data_args.train_split].column_names
+        self.is_nus_wide = _is_nus_wide(data_args.dataset_name)
+
+    # ------------------------------------------------------------------------------------------------------------ runs
+
+    def architecture_runs(self, architecture: str) -> list[Run]:
+        """Table 2."""
+        return [self._run(architecture, seed, ARCHITECTURES[architecture]) for seed in self.args.seeds]
+
+    def table_3_runs(self, with_tad: bool, pretrained: bool) -> list[Run]:
+        """Table 3; the row that equals a run of table 2 is that run."""
+        ratio = self.args.tad_ratio if with_tad else 0.0
+        changes = {**ARCHITECTURES[MAIN], "tag_add_ratio": ratio, "tag_drop_ratio": ratio}
+        if not pretrained and all(self.base.get(name, _default(name)) == value for name, value in changes.items()):
+            return self.architecture_runs(MAIN)
+        name = "_".join([MAIN, "tad" if with_tad else "no_tad", *(["pretrained"] if pretrained else [])])
+        if not pretrained:
+            return [self._run(name, seed, changes) for seed in self.args.seeds]
+        return [
+            self._run(name, run.seed, {**changes, "init_from": str(run.output_dir)}) for run in self.pretraining_runs()
+        ]
+
+    def cross_entropy_runs(self) -> list[Run]:
+        """Figure 3: without the Dice loss."""
+        return [
+            self._run(f"{MAIN}_bce", seed, {**ARCHITECTURES[MAIN], "objective": "bce"}) for seed in self.args.seeds
+        ]
+
+    def pretraining_runs(self) -> list[Run]:
+        """Section 5.2."""
+        known = {
+            field.name
+            for argument_class in (ModelArguments, PretrainingDataArguments, PretrainingArguments)
+            for field in dataclasses.fields(argument_class)
+        }
+        own = {
+            "dataset_config_name": self.args.pretraining_config_name or self.data_args.dataset_config_name,
+            "num_train_epochs": self.args.pretraining_epochs or self.base.get("num_train_epochs"),
+            "outlier_ratio": self.args.pretraining_outlier_ratio,
+        }
+        settings = {name: value for name, value in {**self.base, **own}.items() if name in known and value is not None}
+        return [self._with_seed("pretraining", seed, "pretrain.py", settings) for seed in self.args.seeds]
+
+    def _run(self, name: str, seed: int, changes: dict[str, Any]) -> Run:
+        return self._with_seed(name, seed, "train.py", {**self.base, **changes})
+
+    def _with_seed(self, name: str, seed: int, script: str, settings: dict[str, Any]) -> Run:
+        return Run(name, seed, script, {**settings, "seed": seed}, self.output_dir / "runs")
+
+    def _table_3(self) -> dict[tuple[bool, bool], list[Run]]:
+        """TAD, pre-trained -> runs, in the order of the paper."""
+        return {key: self.table_3_runs(*key) for key in PAPER_TABLE_3}
+
+    # --------------------------------------------------------------------------------------------------------- making
+
+    def make_runs(self) -> None:
+        """Make the runs that are missing; what was interrupted goes on where it was.
+
+        Raises:
+            UserError: A run failed, or one that is there was made with other settings.
+        """
+        if not self.has_images:
+            print(f"{self.data_args.dataset_name} has no photographs: the tag-only models alone", flush=True)
+            stages = [self._all_runs([self.architecture_runs(name) for name in TAG_ONLY_ARCHITECTURES])]
+        else:
+            table_2 = [self.architecture_runs(name) for name in ARCHITECTURES]
+            fine_tuned = [runs for (_, pretrained), runs in self._table_3().items() if pretrained]
+            others = [runs for (_, pretrained), runs in self._table_3().items() if not pretrained]
+            first = self._all_runs([*table_2, *others, self.cross_entropy_runs(), self.pretraining_runs()])
+            stages = [first, self._all_runs(fine_tuned)]
+        self._in_stages(_train, stages, "runs")
+        if self.has_images:
+            tested = self._all_runs(self._table_3().values())
+            self._in_stages(self._test_outliers, [tested], "outlier tests")
+
+    @staticmethod
+    def _all_runs(groups: Iterable[list[Run]]) -> list[Run]:
+        return list({run.label: run for runs in groups for run in runs}.values())
+
+    def _in_stages(self, make, stages: list[list[Run]], what: str) -> None:
+        with tqdm(total=sum(map(len, stages)), desc=what) as progress:
+            for stage in stages:
+                with ThreadPoolExecutor(self.args.num_parallel_runs) as pool:
+                    try:
+                        for run in pool.map(make, stage):
+                            progress.set_postfix_str(run.label)
+                            progress.update()
+                    except BaseException:
+                        pool.shutdown(cancel_futures=True)
+                        raise
+
+    def _outlier_file(self, run: Run) -> Path:
+        return self.output_dir / "outliers" / f"{run.label}.parquet"
+
+    def _test_outliers(self, run: Run) -> Run:
+        """Section 5.1: strange tags are put into the validation split, the same ones for every model."""
+        output_file = self._outlier_file(run)
+        if not output_file.with_suffix(".metrics.json").is_file():
+            output_file.parent.mkdir(parents=True, exist_ok=True)
+            options = {
+                "model_name_or_path": run.output_dir,
+                "dataset_name": self.data_args.dataset_name,
+                "dataset_config_name": self.data_args.dataset_config_name,
+                "split": self.data_args.validation_split,
+                "output_file": output_file,
+                "inject_outliers": self.args.outlier_ratio,
+                "report_images": 0,
+            }
+            arguments = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+            _launch("predict.py", arguments, output_file.with_suffix(".log"))
+        return run
+
+    # -------------------------------------------------------------------------------------------------------- results
+
+    def write_results(self) -> dict:
+        """Write results.json, results.md and the figures from the runs that are there.
+
+        Returns:
+            What results.json holds.
+        """
+        architectures = ARCHITECTURES if self.has_images else TAG_ONLY_ARCHITECTURES
+        any_run = self.architecture_runs("FF")[0].metrics()
+        results = {
+            "dataset": Path(self.data_args.dataset_name).name,
+            "split": self.data_args.validation_split,
+            "num_images": any_run["num_images"],
+            "seeds": self.args.seeds,
+            "settings": {
+                name: value for name, value in self.base.items() if name not in ("dataset_name", "init_from")
+            },
+            "keep_all": {name: any_run[f"keep_all_{name}"] for name in METRICS},
+            "table_2": {
+                name: _summary([run.metrics() for run in self.architecture_runs(name)], METRICS)
+                for name in architectures
+            },
+        }
+        if self.has_images:
+            results["outlier_ratio"] = self.args.outlier_ratio
+            results["table_3"] = [
+                {
+                    "tag_add_ratio": self.args.tad_ratio if with_tad else 0.0,
+                    "tag_drop_ratio": self.args.tad_ratio if with_tad else 0.0,
+                    "pretrained": pretrained,
+                    **_summary([self._table_3_figures(run) for run in runs], ("outlier_percent", "f1", "outlier_f1")),
+                }
+                for (with_tad, pretrained), runs in self._table_3().items()
+            ]
+            self._write_figures()
+        if self.is_nus_wide:
+            results["paper"] = {
+                "table_2": {
+                    name: dict(zip(METRICS[:3], figures, strict=True)) for name, figures in PAPER_TABLE_2.items()
+                },
+                "table_3": [{"outlier_percent": percent, "f1": f1} for percent, f1 in PAPER_TABLE_3.values()],
+            }
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_metrics(self.output_dir / "results.json", results)
+        partial = self.output_dir / "results.md.partial"
+        partial.write_text(format_results(results), encoding="utf-8")
+        partial.replace(self.output_dir / "results.md")
+        return results
+
+    def _table_3_figures(self, run: Run) -> dict[str, float]:
+        tested = json.loads(self._outlier_file(run).with_suffix(".metrics.json").read_text(encoding="utf-8"))
+        return {
+            "outlier_percent": tested["outlier_percent"],
+            "f1": run.metrics()["f1"],
+            "outlier_f1": tested["f1"],
+        }
+
+    def _write_figures(self) -> None:
+        histories = {
+            "aux": [run.history() for run in self.architecture_runs(MAIN)],
+            "no_aux": [run.history() for run in self.architecture_runs("MAGNeto")],
+            "bce": [run.history() for run in self.cross_entropy_runs()],
+        }
+        for with_tad, pretrained in PAPER_TABLE_3:
+            key = (with_tad, pretrained)
+            histories[key] = [run.history() for run in self.table_3_runs(*key)]
+
+        figure = Figure(figsize=(5.5, 4), layout="constrained")
+        axes = figure.subplots()
+        for key, label in (("aux", "BCE-Dice"), ("bce", "BCE")):
+            plot_curves(axes, histories[key], "eval_f1", label)
+        self._finish(axes, histories["aux"], "Validation F1 by objective (figure 3)")
+        save_figure(figure, self.output_dir / "figure_3.png")
+
+        figure = Figure(figsize=(10.5, 7.5), layout="constrained")
+        for column, (key, title) in zip(
+            figure.subplots(2, 2, sharey="row").T,
+            (("no_aux", "without auxiliary losses"), ("aux", "with auxiliary losses")),
+            strict=True,
+        ):
+            for name, label in (
+                ("eval_f1", "final"),
+                ("eval_tag_f1", "tag stream"),
+                ("eval_image_f1", "image stream"),
+            ):
+                plot_curves(column[0], histories[key], name, label)
+            self._finish(column[0], histories[key], f"Validation F1, {title} (figure 4)")
+            plot_curves(column[1], histories[key], "eval_mean_gate", "mean gate")
+            column[1].set(title="Weight of the image stream", ylim=(0, 1))
+            column[1].grid(alpha=0.3)
+        save_figure(figure, self.output_dir / "figure_4.png")
+
+        figure = Figure(figsize=(10.5, 4), layout="constrained")
+        for axes, with_tad in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
+            for pretrained, label in ((False, "from scratch"), (True, "pre-trained")):
+                plot_curves(axes, histories[with_tad, pretrained], "eval_f1", label)
+            self._finish(axes, histories["aux"], f"Validation F1, {'with' if with_tad else 'without'} TAD (figure 8)")
+        save_figure(figure, self.output_dir / "figure_8.png")
+
+    @staticmethod
+    def _finish(axes, histories: list[list[dict[str, float]]], title: str) -> None:
+        plot_curves(axes, histories[:1], "eval_keep_all_f1", "keep all", color="0.35", linestyle="--", marker="")
+        axes.set(title=title, ylabel="percent")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def _train(run: Run) -> Run:
+    settings_file = run.folder / f"{run.label}.yaml"
+    settings = {**run.settings, "output_dir": str(run.output_dir)}
+    if settings_file.exists():
+        _check_settings(settings_file, settings)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    settings_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    if not run.is_complete:
+        _launch(run.script, [settings_file, "--resume_from_checkpoint", "true"], settings_file.with_suffix(".log"))
+        for checkpoint in run.output_dir.glob("checkpoint-*"):  # of use for an unfinished run only
+            shutil.rmtree(checkpoint)
+    return run
+
+
+def _launch(script: str, arguments: Sequence[Any], log_file: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", str(ROOT / script), *map(str, arguments)]
+    with log_file.open("w", encoding="utf-8") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
+        raise UserError(f"{script} failed (see {log_file}): {reason[-300:]}")
+
+
+def _check_settings(settings_file: Path, settings: dict[str, Any]) -> None:
+    """A folder of results never mixes runs of different settings."""
+    found = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
+    for name in sorted(found.keys() | settings.keys()):
+        if found.get(name) != settings.get(name):
+            raise UserError(
+                f"{settings_file} was made with {name} {found.get(name)!r}, expected {settings.get(name)!r}; "
+                "give another --output_dir, or the same settings"
+            )
+
+
+def _settings(*instances) -> dict[str, Any]:
+    """The fields of argument dataclasses that differ from their defaults, as a YAML file holds them."""
+    settings = {}
+    for instance in instances:
+        required = {"dataset_name": "none"} if isinstance(instance, DataArguments) else {}
+        defaults = type(instance)(**required)
+        for field in dataclasses.fields(instance):
+            value = getattr(instance, field.name)
+            if field.init and value != getattr(defaults, field.name):
+                settings[field.name] = value.value if isinstance(value, Enum) else value
+    return {name: value for name, value in settings.items() if name not in ("output_dir", "seed", "run_name")}
+
+
+def _default(name: str) -> Any:
+    fields = (
+        field for cls in (ModelArguments, DataArguments, MagnetoTrainingArguments) for field in dataclasses.fields(cls)
+    )
+    return next(field.default for field in fields if field.name == name)
+
+
+def _is_nus_wide(dataset_name: str) -> bool:
+    card = Path(dataset_name) / "README.md" if Path(dataset_name).is_dir() else dataset_name
+    try:
+        return "extended|nus-wide" in (DatasetCard.load(card).data.get("source_datasets") or ())
+    except (OSError, ValueError):  # no card, or none that can be read
+        return False
+
+
+def _summary(figures: list[dict[str, float]], names: Sequence[str]) -> dict[str, dict]:
+    """For each metric its value in every run, the mean, and the standard deviation (of a sample; nan for one run)."""
+    summary = {}
+    for name in names:
+        values = [run[name] if run[name] is not None else math.nan for run in figures]
+        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+        summary[name] = {"mean": statistics.fmean(values), "std": deviation, "runs": values}
+    return summary
+
+
+def format_results(results: dict) -> str:
+    """results.json as Markdown."""
+    paper = results.get("paper")
+    lines = [
+        f"# {results['dataset']}, {results['split']} split, {results['num_images']} images",
+        "",
+        f"Percent, mean and standard deviation of the seeds {', '.join(map(str, results['seeds']))}; a tag is "
+        "selected when its score reaches 0.5. *Keep all* is the result of removing nothing; *reducible* images have "
+        "a tag to remove.",
+        "",
+        "## Table 2: architectures",
+        "",
+        "| | precision | recall | F1 | F1, reducible images |" + (" paper: P / R / F1 |" if paper else ""),
+        "|---|---|---|---|---|" + ("---|" if paper else ""),
+    ]
+    keep_all = " | ".join(f"{results['keep_all'][name]:.1f}" for name in METRICS)
+    lines.append(f"| keep all | {keep_all} |" + (" |" if paper else ""))
+    for name, summary in results["table_2"].items():
+        row = f"| {name} | {' | '.join(_mean_and_deviation(summary[metric]) for metric in METRICS)} |"
+        lines.append(row + (" " + " / ".join(map(str, paper["table_2"][name].values())) + " |" if paper else ""))
+    if "table_3" in results:
+        lines += [
+            "",
+            "## Table 3: strange tags among the selected ones",
+            "",
+            f"Strange tags, {results['outlier_ratio']} for each own tag, are put into every image; the outlier "
+            "percentage is that of the images of which at least one strange tag is selected.",
+            "",
+            "| beta | beta-hat | pre-trained | outlier % | F1 | F1 with the strange tags |"
+            + (" paper: outlier %, F1 |" if paper else ""),
+            "|---|---|---|---|---|---|" + ("---|" if paper else ""),
+        ]
+        for index, row in enumerate(results["table_3"]):
+            cells = [
+                row["tag_add_ratio"],
+                row["tag_drop_ratio"],
+                "yes" if row["pretrained"] else "no",
+                *(_mean_and_deviation(row[name]) for name in ("outlier_percent", "f1", "outlier_f1")),
+            ]
+            if paper:
+                cells.append(", ".join(f"{value:.2f}" for value in paper["table_3"][index].values()))
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines += ["", *(f"![figure {number}](figure_{number}.png)" for number in (3, 4, 8))]
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_deviation(summary: dict) -> str:
+    deviation = "" if math.isnan(summary["std"]) else f" ± {summary['std']:.1f}"
+    return f"{summary['mean']:.1f}{deviation}"

@@ -1,0 +1,143 @@
+"""Cached features: equal to computing them, found again, resumed, refused where they cannot be right."""
+
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from conftest import make_rows
+
+from magneto_training import feature_cache
+from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UsageError, UserError
+from magneto_training.augmentation import ImageAugmentation, example_seed
+from magneto_training.collation import AugmentedDataset, SeededDataset, TagCollator
+from magneto_training.feature_cache import build_feature_caches
+
+
+@pytest.fixture
+def splits() -> dict[str, datasets.Dataset]:
+    return {
+        name: datasets.Dataset.from_list(make_rows(count, seed=count)).cast_column("image", datasets.Image())
+        for name, count in (("train", 7), ("validation", 4))
+    }
+
+
+@pytest.fixture
+def build(tiny_model, processor, splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "ROWS_PER_FILE", 3)
+
+    def _build(views: int = 2, rows=splits, model=tiny_model, **options):
+        options = {"dataloader_num_workers": 0, "disable_tqdm": True, **options}
+        args = MagnetoTrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            cached_views=views,
+            feature_cache_dir=str(tmp_path / "cache"),
+            per_device_eval_batch_size=2,
+            use_cpu=True,
+            **options,
+        )
+        return build_feature_caches(model, processor, rows, DataArguments(dataset_name="drawn"), args)
+
+    return _build
+
+
+def stored_files(tmp_path):
+    return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+
+
+def test_scores_from_cached_features_equal_those_from_photographs(build, tiny_model, processor, splits):
+    cache = build()["validation"]
+    collate = TagCollator(processor)
+    cached = collate(SeededDataset(splits["validation"], 0, cache).__getitems__([0, 1, 2, 3]))
+    live = collate(SeededDataset(splits["validation"], 0).__getitems__([0, 1, 2, 3]))
+    assert "pixel_values" not in cached and cached["image_features"].dtype == torch.float16
+    with torch.inference_mode():
+        difference = (tiny_model(**cached).logits.sigmoid() - tiny_model(**live).logits.sigmoid()).abs().max()
+    assert difference < 1e-3
+
+
+def test_each_view_is_the_augmentation_of_its_own_seed(build, tiny_model, processor, splits):
+    cache = build(views=3)["train"]
+    augmentation = ImageAugmentation(32)
+    for index, view in ((0, 0), (4, 2), (6, 1)):
+        image = augmentation(splits["train"][index]["image"], example_seed(0, view, index))
+        pixel_values = processor.image_processor(image, return_tensors="pt", do_resize=False)["pixel_values"]
+        with torch.inference_mode():
+            expected = tiny_model.magneto.image_feature_extractor.feature_map(pixel_values)[0]
+        torch.testing.assert_close(cache.read(index, view).float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_epochs_pick_different_views_and_the_same_ones_again(build, splits):
+    cache = build(views=4)["train"]
+    rows = AugmentedDataset(splits["train"], seed=0, features=cache)
+    epochs = []
+    for epoch in (0, 1, 0):
+        rows.set_epoch(epoch)
+        epochs.append(torch.stack([rows[index]["image_features"] for index in range(7)]))
+    assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+
+
+def test_one_view_is_what_evaluation_sees(build, tiny_model, processor, splits):
+    cache = build(views=1)["train"]
+    pixel_values = processor(splits["train"][5]["image"], ["blue"])["pixel_values"]
+    with torch.inference_mode():
+        expected = tiny_model.magneto.image_feature_extractor.feature_map(pixel_values)[0]
+    torch.testing.assert_close(cache.read(5, 0).float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_another_run_finds_the_files_whatever_its_seed_and_number_of_views(build, tmp_path, capsys):
+    build(views=2)
+    before = stored_files(tmp_path)
+    assert len(before) == 2 * 3 + 2  # 7 rows in files of 3, twice, and 4 rows once
+    build(views=3, seed=1)
+    after = stored_files(tmp_path)
+    assert len(after) == 3 * 3 + 2 and before.items() <= after.items()
+    assert "7 are to be computed" in capsys.readouterr().out
+
+
+def test_an_interrupted_build_goes_on_with_the_missing_files(build, tmp_path):
+    whole = build()["train"]
+    expected = [whole.read(index, 1).clone() for index in range(7)]
+    lost = whole.files[1][1]
+    kept = {path: time for path, time in stored_files(tmp_path).items() if path != lost}
+    lost.unlink()
+    lost.with_suffix(".partial").write_bytes(b"cut short")
+    again = build()["train"]
+    assert kept.items() <= stored_files(tmp_path).items()
+    assert all(torch.equal(again.read(index, 1), features) for index, features in enumerate(expected))
+
+
+def test_other_photographs_or_weights_never_share_files(build, tiny_model, splits, tmp_path):
+    build(views=1)
+    folders = set((tmp_path / "cache").iterdir())
+    other = {**splits, "train": splits["train"].select(range(6))}
+    build(views=1, rows=other)
+    assert len(set((tmp_path / "cache").iterdir()) - folders) == 1
+    folders = set((tmp_path / "cache").iterdir())
+    with torch.no_grad():
+        next(tiny_model.magneto.image_feature_extractor.backbone.parameters()).add_(0.1)
+    build(views=1)
+    assert len(set((tmp_path / "cache").iterdir()) - folders) == 2
+
+
+def test_a_backbone_that_is_trained_is_refused(build, tiny_model):
+    tiny_model.config.num_trainable_backbone_stages = 1
+    with pytest.raises(UsageError, match="cached_views is 2 and num_trainable_backbone_stages 1, expected 0"):
+        build()
+
+
+def test_a_full_disk_is_named_before_the_work(build, monkeypatch, tmp_path):
+    usage = SimpleNamespace(total=1000, used=999, free=1)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match=r"needs 0\.\d+ GB and .* has 0\.00 GB free; give another --feature_cache_dir"):
+        build()
+    assert not stored_files(tmp_path)
+
+
+def test_features_beyond_float16_are_refused(build, tiny_model, tmp_path):
+    extractor = tiny_model.magneto.image_feature_extractor
+    feature_map = extractor.feature_map
+    extractor.feature_map = lambda pixel_values: feature_map(pixel_values) * 1e6
+    with pytest.raises(UserError, match="beyond what float16 holds"):
+        build()
+    assert not stored_files(tmp_path)
