@@ -1,6 +1,7 @@
 """MAGNeto for transformers. Importing this package registers it, so that the `Auto` classes know it by name."""
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_magneto import MagnetoConfig
 from .modeling_magneto import (
@@ -9,12 +10,14 @@ from .modeling_magneto import (
     MagnetoModel,
     MagnetoPreTrainedModel,
 )
+from .pipeline_magneto import TagSummarizationPipeline
 from .processing_magneto import MagnetoProcessor
 
 AutoConfig.register("magneto", MagnetoConfig)
 # Of several classes, AutoModel takes the one that the saved configuration names; the first one otherwise.
 AutoModel.register(MagnetoConfig, (MagnetoForTagSummarization, MagnetoForOutlierDetection, MagnetoModel))
 AutoProcessor.register(MagnetoConfig, MagnetoProcessor)
+PIPELINE_REGISTRY.register_pipeline("tag-summarization", TagSummarizationPipeline, pt_model=AutoModel)
 
 # Saved folders carry their own code, for `trust_remote_code=True` where this package is not installed.
 MagnetoConfig.register_for_auto_class()
@@ -30,4 +33,5 @@ __all__ = [
     "MagnetoModel",
     "MagnetoPreTrainedModel",
     "MagnetoProcessor",
+    "TagSummarizationPipeline",
 ]
