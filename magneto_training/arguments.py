@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_magneto import MagnetoConfig
+from modeling_magneto.selection_magneto import find_rule
 
 
 class UserError(ValueError):
@@ -193,8 +194,13 @@ class PredictArguments:
     output_file: str = _option("", "The Parquet file to write; metrics and report.html come beside it.")
     dataset_config_name: str | None = _option(None, "A configuration of the dataset.")
     split: str | None = _option(None, "The split; by default test, or the only one there is.")
-    threshold: float = _option(0.5, "A tag is selected when its score reaches it.")
-    top_k: int | None = _option(None, "Select this many tags instead.")
+    selection: Literal["threshold", "top_k", "expected_f1"] | None = _option(
+        None, "How tags are chosen; by default as the model's own rule says."
+    )
+    threshold: float | None = _option(
+        None, "A tag is selected when its score reaches it; in place of the model's rule."
+    )
+    top_k: int | None = _option(None, "Select this many tags; in place of the model's rule.")
     inject_outliers: float | None = _option(
         None, "The outlier test: add this many strange tags for each own tag, and count the images that keep one."
     )
@@ -210,13 +216,12 @@ class PredictArguments:
                 raise UsageError(f"--{name} is missing")
         if not self.output_file.endswith(".parquet"):
             raise UsageError(f"output_file is {self.output_file!r}, expected a name that ends in .parquet")
-        for name, lowest in (("batch_size", 1), ("num_workers", 0), ("report_images", 0), ("top_k", 1), ("seed", 0)):
+        for name, lowest in (("batch_size", 1), ("num_workers", 0), ("report_images", 0), ("seed", 0)):
             if (value := getattr(self, name)) is not None and value < lowest:
                 raise UsageError(f"{name} is {value}, expected at least {lowest}")
         if self.inject_outliers is not None and self.inject_outliers <= 0:
             raise UsageError(f"inject_outliers is {self.inject_outliers}, expected a ratio above 0")
-        if not 0 <= self.threshold <= 1:
-            raise UsageError(f"threshold is {self.threshold}, expected a number in [0, 1]")
+        find_rule({}, self.selection, self.threshold, self.top_k)  # what is wrong, it says
 
 
 @dataclass

@@ -167,7 +167,7 @@ def _without_nan(value):
 def _select(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """What the paper's rule selects, 0/1 (images, L)."""
     scores, mask = torch.from_numpy(_sigmoid(logits)), torch.from_numpy(labels != IGNORED_LABEL)
-    return select(scores, mask, THRESHOLD).numpy().astype(np.int8)
+    return select(scores, mask).numpy().astype(np.int8)
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -20,11 +20,10 @@ from tqdm.auto import tqdm
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
 from modeling_magneto.loss_magneto import IGNORED_LABEL
 from modeling_magneto.modeling_magneto import MagnetoOutput
-from modeling_magneto.selection_magneto import select_by_threshold, select_top_k
 
 from .arguments import PredictArguments, UserError
 from .collation import OutlierDataset, TagCollator, without_images
-from .evaluation import THRESHOLD, evaluate_selection, output_names, write_metrics
+from .evaluation import evaluate_selection, output_names, write_metrics
 from .initialization import load_source
 from .tag_data import DataError, checked_split, load_tag_dataset
 
@@ -138,7 +137,8 @@ def predict_batches(
     dataset: Dataset,
     batch_size: int = 64,
     num_workers: int = 0,
-    threshold: float = THRESHOLD,
+    selection: str | None = None,
+    threshold: float | None = None,
     top_k: int | None = None,
     output_attentions: bool = False,
 ) -> Iterator[PredictedBatch]:
@@ -150,7 +150,7 @@ def predict_batches(
         dataset: Checked rows.
         batch_size: Images a step.
         num_workers: Processes that read and decode photographs.
-        threshold, top_k: As in `MagnetoProcessor.post_process`.
+        selection, threshold, top_k: As in `MagnetoProcessor.post_process`.
         output_attentions: Whether the outputs tell what each tag looked at.
     """
     collate = functools.partial(_rows_and_batch, TagCollator(processor))
@@ -161,7 +161,7 @@ def predict_batches(
                 **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"},
                 output_attentions=output_attentions,
             )
-        results = processor.post_process(outputs, [row["tags"] for row in rows], threshold=threshold, top_k=top_k)
+        results = processor.post_process(outputs, [row["tags"] for row in rows], selection, threshold, top_k)
         yield PredictedBatch(rows, results, outputs, batch.get("labels"))
 
 
@@ -204,11 +204,18 @@ def predict_dataset(
     progress = tqdm(total=len(share), unit="image", desc="Predicting", disable=not accelerator.is_local_main_process)
     with progress, pq.ParquetWriter(parts / f"{accelerator.process_index:05d}.parquet", SCHEMA) as writer:
         for batch in predict_batches(
-            model, processor, share, args.batch_size, args.num_workers, args.threshold, args.top_k
+            model,
+            processor,
+            share,
+            args.batch_size,
+            args.num_workers,
+            args.selection,
+            args.threshold,
+            args.top_k,
         ):
             writer.write_table(_to_table(batch))
             if batch.labels is not None:
-                _collect(batch, known_labels, selected, args)
+                _collect(batch, processor, known_labels, selected, args)
             if args.inject_outliers is not None:
                 fooled += [
                     not set(row["outliers"]).isdisjoint(result["selected_tags"])
@@ -247,14 +254,20 @@ def _to_table(batch: PredictedBatch) -> pa.Table:
     )
 
 
-def _collect(batch: PredictedBatch, known_labels: list, selected: dict[str, list], args: PredictArguments) -> None:
+def _collect(
+    batch: PredictedBatch,
+    processor: MagnetoProcessor,
+    known_labels: list[np.ndarray],
+    selected: dict[str, list[np.ndarray]],
+    args: PredictArguments,
+) -> None:
     """Keep what the metrics need of images with ground truth: labels, and what each output selects."""
     real = batch.labels != IGNORED_LABEL  # (B, L)
     labelled = real.any(-1).nonzero().flatten().tolist()
     known_labels += [batch.labels[index, real[index]].numpy().astype(np.int8) for index in labelled]
+    tags = [[tag for tag, _ in result["tags"]] for result in batch.results]
     for name, rows in selected.items():
-        scores = torch.sigmoid(batch.outputs[name].float()).cpu()
-        kept = select_by_threshold(scores, real, args.threshold) if args.top_k is None else select_top_k(scores, real, args.top_k)
+        kept = processor.select(batch.outputs[name], tags, args.selection, args.threshold, args.top_k)  # (B, L)
         rows += [kept[index, real[index]].numpy().astype(np.int8) for index in labelled]
 
 

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -15,7 +16,7 @@ from transformers.image_utils import (
     make_flat_list_of_images,
 )
 
-from .selection_magneto import select
+from .selection_magneto import PAPER_RULE, SelectionRule, find_rule, select
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 IGNORED_LABEL = -100  # as in loss_magneto, which this file must not import
@@ -60,12 +61,28 @@ class MagnetoProcessor(ProcessorMixin):
         tokenizer: A word-level tokenizer in which one tag is one token.
         max_tags: l, the number of tags to which *training* examples are cut.
         use_images: Whether the model looks at photographs; `False` for the tag-only models.
+        selection: The fields of the `SelectionRule` that is in force unless `post_process` is told otherwise; by
+            default the paper's, a threshold of 0.5.
+
+    Raises:
+        ValueError: A field of `selection` is unknown or has a wrong value.
     """
 
-    def __init__(self, image_processor, tokenizer, max_tags: int = 16, use_images: bool = True):
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        max_tags: int = 16,
+        use_images: bool = True,
+        selection: dict[str, Any] | None = None,
+    ):
         super().__init__(image_processor, tokenizer)
         self.max_tags = max_tags
         self.use_images = use_images
+        self.selection = (
+            {"rule": PAPER_RULE.rule, "threshold": PAPER_RULE.threshold} if selection is None else selection
+        )
+        SelectionRule.from_dict(self.selection)
 
     @classmethod
     def from_vocabulary(
@@ -186,7 +203,8 @@ class MagnetoProcessor(ProcessorMixin):
         self,
         outputs,
         tags: Sequence[str] | Sequence[Sequence[str]],
-        threshold: float = 0.5,
+        selection: str | None = None,
+        threshold: float | None = None,
         top_k: int | None = None,
     ) -> list[dict]:
         """Read the model's outputs as tags.
@@ -194,8 +212,7 @@ class MagnetoProcessor(ProcessorMixin):
         Args:
             outputs: A `MagnetoOutput` with `logits` (B, L).
             tags: What the processor was called with.
-            threshold: A tag is selected when its score, in [0, 1], reaches it.
-            top_k: Select this many tags instead.
+            selection, threshold, top_k: As in `select`.
 
         Returns:
             For each image `{"tags": [(tag, score), ...], "selected_tags": [tag, ...]}`, in the order of the tags,
@@ -203,13 +220,9 @@ class MagnetoProcessor(ProcessorMixin):
         """
         if isinstance(tags[0], str):
             tags = [tags]
-        scores = torch.sigmoid(outputs.logits.detach().float()).cpu()  # (B, L)
-        if len(tags) != len(scores):
-            raise ValueError(f"found {len(tags)} lists of tags for the scores of {len(scores)} images")
         rows = [self._normalize_row(row, index) for index, row in enumerate(tags)]
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(scores.shape[1]) < lengths[:, None]  # (B, L)
-        selected = select(scores, mask, threshold, top_k)  # (B, L)
+        selected = self.select(outputs.logits, rows, selection, threshold, top_k)  # (B, L)
+        scores = torch.sigmoid(outputs.logits.detach().float()).cpu()  # (B, L)
         return [
             {
                 "tags": list(zip(row, row_scores[: len(row)], strict=True)),
@@ -217,6 +230,47 @@ class MagnetoProcessor(ProcessorMixin):
             }
             for row, row_scores, row_selected in zip(rows, scores.tolist(), selected.tolist(), strict=True)
         ]
+
+    def select(
+        self,
+        logits: torch.Tensor,
+        tags: Sequence[Sequence[str]],
+        selection: str | None = None,
+        threshold: float | None = None,
+        top_k: int | None = None,
+    ) -> torch.Tensor:
+        """Choose tags by any output of the model.
+
+        Args:
+            logits: (B, L), on any device.
+            tags: B lists of at most L tags, normalised.
+            selection: A rule's name, `"threshold"`, `"top_k"` or `"expected_f1"`, to use in place of the stored rule.
+            threshold: The threshold to use, in place of the stored rule; in [0, 1].
+            top_k: Choose this many tags, in place of the stored rule; at least 1.
+
+        Returns:
+            (B, L) bool, on the CPU, true for the chosen tags.
+
+        Raises:
+            ValueError: The rule or its parameters are wrong, or there are not as many lists of tags as images.
+        """
+        rule = find_rule(self.selection, selection, threshold, top_k)
+        scores = torch.sigmoid(logits.detach().float()).cpu()  # (B, L)
+        if len(tags) != len(scores):
+            raise ValueError(f"found {len(tags)} lists of tags for the scores of {len(scores)} images")
+        lengths = torch.tensor([len(row) for row in tags])
+        mask = torch.arange(scores.shape[1]) < lengths[:, None]  # (B, L)
+        return select(scores, mask, rule, self._thresholds(rule, tags, scores))
+
+    def _thresholds(self, rule: SelectionRule, tags: Sequence[Sequence[str]], scores: torch.Tensor):
+        """The threshold of each tag (B, L), where some have their own."""
+        if not rule.tag_thresholds:
+            return None
+        own = {normalize_tag(tag): threshold for tag, threshold in rule.tag_thresholds.items()}
+        thresholds = torch.full_like(scores, rule.threshold)
+        for row_thresholds, row in zip(thresholds, tags, strict=True):
+            row_thresholds[: len(row)] = torch.tensor([own.get(tag, rule.threshold) for tag in row])
+        return thresholds
 
     @property
     def model_input_names(self) -> list[str]:

@@ -132,6 +132,9 @@ def test_a_stray_value_is_an_error():
     [
         (["--threshold", "1.5"], "threshold is 1.5"),
         (["--top_k", "0"], "top_k is 0"),
+        (["--selection", "best"], "selection: invalid choice: 'best'"),
+        (["--selection", "top_k"], "top_k is None, but the rule is 'top_k'"),
+        (["--selection", "expected_f1", "--threshold", "0.3"], "threshold is 0.3, but the rule is 'expected_f1'"),
         (["--batch_size", "0"], "batch_size is 0"),
         (["--num_workers", "-1"], "num_workers is -1"),
         (["--output_file", "out.csv"], "out.csv"),

@@ -238,15 +238,30 @@ def test_all_rows_are_predicted_and_the_labelled_ones_measured(tiny_model, proce
     assert pq.read_table(args.output_file)["item_id"].to_pylist() == ["known", "unknown"]
 
 
-@pytest.mark.parametrize("rule", [{"threshold": 0.9}, {"threshold": 0.0}, {"top_k": 1}])
-def test_the_rule_in_force_is_that_of_every_output(tiny_model, processor, rows, tmp_path, rule):
+@pytest.mark.parametrize("stored", [{"rule": "expected_f1"}, {"tag_thresholds": {"red": 1.0}}])
+@pytest.mark.parametrize("rule", [{}, {"threshold": 0.9}, {"threshold": 0.0}, {"top_k": 1}])
+def test_the_rule_in_force_is_that_of_every_output(tiny_model, processor, rows, tmp_path, rule, stored):
     processor.use_images = False
+    processor.selection = stored
     model = MagnetoForTagSummarization(MagnetoConfig(**{**tiny_model.config.to_dict(), "streams": "tag"})).eval()
     args = make_args("unused", tmp_path / "out.parquet", **rule)
 
     metrics = predict_dataset(Accelerator(), model, processor, rows, args)
 
     assert metrics["tag_f1"] == metrics["f1"]  # a single stream is its own final output
+
+
+def test_the_models_own_rule_is_in_force_unless_another_is_named(tiny_model, processor, rows, tmp_path):
+    processor.selection = {"rule": "top_k", "top_k": 1}
+
+    def selected(**rule):
+        args = make_args("unused", tmp_path / "out.parquet", **rule)
+        predict_dataset(Accelerator(cpu=True), tiny_model, processor, rows, args)
+        return pq.read_table(args.output_file)["selected_tags"].to_pylist()
+
+    assert {len(tags) for tags in selected()} == {1}
+    assert selected(selection="threshold") == selected(threshold=0.5) != selected()
+    assert all(selected(selection="expected_f1"))
 
 
 def test_a_tag_only_model_reads_no_photographs(tiny_model, processor, rows, tmp_path):

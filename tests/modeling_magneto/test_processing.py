@@ -252,12 +252,64 @@ SCORES = [[0.9, 0.5, 0.1], [0.4, 0.6, 0.99]]  # the last one is at a padded slot
         ({"top_k": 1}, [["red"], ["blue"]]),
         ({"top_k": 5}, [["red", "blue", "green"], ["yellow", "blue"]]),
         ({"top_k": 2, "threshold": 0.95}, [["red", "blue"], ["yellow", "blue"]]),
+        ({"selection": "threshold"}, [["red", "blue"], ["blue"]]),
+        ({"selection": "threshold", "threshold": 0.3}, [["red", "blue"], ["yellow", "blue"]]),
+        ({"selection": "top_k", "top_k": 1}, [["red"], ["blue"]]),
+        ({"selection": "expected_f1"}, [["red", "blue"], ["yellow", "blue"]]),
     ],
 )
-def test_post_process_selects_by_threshold_or_top_k(processor, options, selected):
+def test_post_process_selects_by_the_rule_it_is_given(processor, options, selected):
     results = processor.post_process(outputs_of(SCORES), TAGS, **options)
 
     assert [result["selected_tags"] for result in results] == selected
+
+
+@pytest.mark.parametrize(
+    "stored, selected",
+    [
+        ({"rule": "expected_f1"}, [["red", "blue"], ["yellow", "blue"]]),
+        ({"rule": "expected_f1", "max_tags": 1}, [["red"], ["blue"]]),
+        ({"rule": "top_k", "top_k": 1}, [["red"], ["blue"]]),
+        ({"threshold": 0.95, "min_tags": 1}, [["red"], ["blue"]]),
+        ({"threshold": 0.95, "tag_thresholds": {"Blue ": 0.5, "yellow": 0.1}}, [["blue"], ["yellow", "blue"]]),
+    ],
+)
+def test_the_stored_rule_is_in_force_until_another_is_named(processor, stored, selected):
+    processor.selection = stored
+
+    def selected_tags(**options):
+        return [result["selected_tags"] for result in processor.post_process(outputs_of(SCORES), TAGS, **options)]
+
+    assert selected_tags() == selected
+    # Another rule replaces the stored one as a whole.
+    assert selected_tags(threshold=0.5) == selected_tags(selection="threshold") == [["red", "blue"], ["blue"]]
+    assert selected_tags(top_k=2) == [["red", "blue"], ["yellow", "blue"]]
+    assert processor.selection == stored
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"selection": "best"}, "rule is 'best', expected one of threshold, top_k, expected_f1"),
+        ({"selection": "expected_f1", "threshold": 0.3}, "threshold is 0.3, but the rule is 'expected_f1'"),
+        ({"selection": "threshold", "top_k": 3}, "top_k is 3, but the rule is 'threshold'"),
+        ({"selection": "top_k"}, "top_k is None, but the rule is 'top_k'"),
+        ({"threshold": 1.5}, "threshold is 1.5"),
+        ({"top_k": 0}, "top_k is 0"),
+    ],
+)
+def test_a_wrong_rule_is_an_error_that_names_it(processor, options, message):
+    with pytest.raises(ValueError, match=message):
+        processor.post_process(outputs_of(SCORES), TAGS, **options)
+
+
+def test_a_wrong_stored_rule_is_an_error_before_it_is_used(processor):
+    with pytest.raises(ValueError, match="selection has the unknown field 'treshold'"):
+        MagnetoProcessor(processor.image_processor, processor.tokenizer, selection={"treshold": 0.3})
+
+
+def test_the_default_rule_is_the_papers(processor):
+    assert processor.selection == {"rule": "threshold", "threshold": 0.5}
 
 
 def test_post_process_gives_each_tag_its_score(processor):

@@ -139,6 +139,38 @@ def test_a_processor_comes_back_with_its_settings(tmp_path):
     assert inputs.keys() == expected.keys() and all(torch.equal(inputs[name], expected[name]) for name in inputs)
 
 
+SELECTION = {"rule": "threshold", "threshold": 0.25, "max_tags": 3, "tag_thresholds": {"blue": 0.9}}
+
+
+def test_a_processor_comes_back_with_its_rule(processor, tmp_path):
+    processor.selection = SELECTION
+    processor.save_pretrained(tmp_path)
+
+    assert json.loads((tmp_path / "processor_config.json").read_text())["selection"] == SELECTION
+    assert AutoProcessor.from_pretrained(tmp_path).selection == SELECTION
+
+
+def test_a_processor_of_before_there_were_rules_has_the_papers(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    settings = json.loads(file.read_text())
+    del settings["selection"]
+    file.write_text(json.dumps(settings))
+
+    assert AutoProcessor.from_pretrained(tmp_path).selection == {"rule": "threshold", "threshold": 0.5}
+
+
+def test_a_wrong_saved_rule_is_an_error_in_one_line_that_names_the_field(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "selection": {"rule": "threshold", "threshold": "half"}}))
+
+    with pytest.raises(ValueError, match="threshold is 'half', expected a number in .0, 1.") as caught:
+        AutoProcessor.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tag_only_processor_stays_one(tmp_path):
     MagnetoProcessor.from_vocabulary(["red"], use_images=False).save_pretrained(tmp_path)
 
