@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from huggingface_hub import DatasetCard
 from matplotlib.figure import Figure
@@ -418,9 +418,9 @@ def _summary(figures: list[dict[str, float]], names: Sequence[str]) -> dict[str,
     """For each metric its value in every run, the mean, and the standard deviation (of a sample; nan for one run)."""
     summary = {}
     for name in names:
-        values = [run[name] if run[name] is not None else math.nan for run in figures]
-        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-        summary[name] = {"mean": statistics.fmean(values), "std": deviation, "runs": values}
+        values = [math.nan if run[name] is None else run[name] for run in figures]
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        summary[name] = {"mean": float(np.mean(values)), "std": deviation, "runs": values}
     return summary
 
 

@@ -1,0 +1,191 @@
+"""reproduce.py: which runs the paper's tables need, going on with the missing ones, and what is written of them."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from conftest import make_rows
+
+from magneto_training import reproduction
+from magneto_training.arguments import (
+    DataArguments,
+    MagnetoTrainingArguments,
+    ModelArguments,
+    ReproductionArguments,
+    UsageError,
+    UserError,
+)
+from magneto_training.reproduction import Reproduction, format_results
+
+
+class FakeCommands:
+    """Stands in for train.py, pretrain.py and predict.py: writes what they would, at once."""
+
+    def __init__(self):
+        self.calls = []
+        self.fail_at = None
+
+    def __call__(self, script: str, arguments: list, log_file: Path) -> None:
+        if len(self.calls) == self.fail_at:
+            raise UserError(f"{script} failed")
+        self.calls.append((script, log_file.stem))
+        f1 = 80.0 + len(self.calls)
+        if script == "predict.py":
+            options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+            metrics = {"f1": f1, "outlier_percent": 10.0, "num_images": 5}
+            Path(options["--output_file"]).with_suffix(".metrics.json").write_text(json.dumps(metrics))
+            return
+        settings = yaml.safe_load(Path(arguments[0]).read_text())
+        output_dir = Path(settings["output_dir"])
+        output_dir.mkdir(parents=True)
+        figures = {"precision": f1, "recall": f1, "f1": f1, "reducible_f1": None, "num_images": 5}
+        figures |= {f"keep_all_{name}": 70.0 for name in reproduction.METRICS}
+        (output_dir / "metrics.json").write_text(json.dumps({"validation": figures}))
+        history = [{"epoch": epoch, "eval_f1": f1, "eval_mean_gate": 0.5} for epoch in (1.0, 2.0)]
+        (output_dir / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        (output_dir / "checkpoint-1").mkdir()
+
+
+@pytest.fixture
+def commands(monkeypatch) -> FakeCommands:
+    fake = FakeCommands()
+    monkeypatch.setattr(reproduction, "_launch", fake)
+    return fake
+
+
+@pytest.fixture
+def prepare(tmp_path, dataset_dir):
+    def _prepare(dataset=dataset_dir, seeds=(0, 1), **settings) -> Reproduction:
+        data = {name: settings.pop(name) for name in ("tag_add_ratio", "tag_drop_ratio") if name in settings}
+        return Reproduction(
+            ReproductionArguments(seeds=list(seeds), pretraining_epochs=3),
+            ModelArguments(backbone_weights="none"),
+            DataArguments(dataset_name=str(dataset), **data),
+            MagnetoTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, **settings),
+        )
+
+    return _prepare
+
+
+def settings_of(label: str, tmp_path: Path) -> dict:
+    return yaml.safe_load((tmp_path / "out/runs" / f"{label}.yaml").read_text())
+
+
+def test_every_experiment_is_run_once_with_every_seed(commands, prepare, tmp_path):
+    prepare().make_runs()
+    trained = [label for script, label in commands.calls if script == "train.py"]
+    assert sorted(trained) == sorted(
+        f"{name}-{seed}"
+        for seed in (0, 1)
+        for name in (
+            *("FF", "TF-t", "TF-it", "MAGNeto", "MAGNeto_aux", "MAGNeto_aux_bce"),
+            *("MAGNeto_aux_no_tad", "MAGNeto_aux_no_tad_pretrained", "MAGNeto_aux_tad_pretrained"),
+        )
+    )  # the row with TAD and without pre-training is MAGNeto_aux itself: TAD is in the defaults
+    assert sum(script == "pretrain.py" for script, _ in commands.calls) == 2
+    assert sum(script == "predict.py" for script, _ in commands.calls) == 8
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
+
+
+def test_the_row_without_tad_is_the_main_model_where_its_setting_has_none(commands, prepare):
+    runs = prepare(tag_add_ratio=0.0, tag_drop_ratio=0.0)
+    assert runs.table_3_runs(with_tad=False, pretrained=False) == runs.architecture_runs("MAGNeto_aux")
+    assert {run.name for run in runs.table_3_runs(with_tad=True, pretrained=False)} == {"MAGNeto_aux_tad"}
+
+
+def test_each_run_changes_only_what_its_experiment_is_about(commands, prepare, tmp_path):
+    prepare(learning_rate=0.5, num_train_epochs=7).make_runs()
+    main = settings_of("MAGNeto_aux-1", tmp_path)
+    assert (main["learning_rate"], main["num_train_epochs"], main["seed"]) == (0.5, 7, 1)
+    bce = settings_of("MAGNeto_aux_bce-1", tmp_path)
+    assert {name for name in bce if bce[name] != main.get(name)} == {"objective", "output_dir"}
+    feed_forward = settings_of("FF-0", tmp_path)
+    assert (feed_forward["streams"], feed_forward["tag_encoder"]) == ("tag", "feed_forward")
+    pretraining = settings_of("pretraining-1", tmp_path)
+    assert pretraining["num_train_epochs"] == 3 and "tag_add_ratio" not in pretraining
+    fine_tuned = settings_of("MAGNeto_aux_tad_pretrained-1", tmp_path)
+    assert fine_tuned["init_from"] == pretraining["output_dir"]
+
+
+def test_interrupted_it_goes_on_with_the_missing_runs(commands, prepare):
+    commands.fail_at = 5
+    with pytest.raises(UserError):
+        prepare().make_runs()
+    first = set(commands.calls)
+    commands.fail_at = None
+    prepare().make_runs()
+    assert len(commands.calls) == len(set(commands.calls)) == 2 * 9 + 2 + 8
+    assert first < set(commands.calls)
+    prepare().make_runs()
+    assert len(commands.calls) == 28, "what is complete is not made again"
+
+
+def test_runs_of_other_settings_are_never_mixed(commands, prepare):
+    prepare().make_runs()
+    with pytest.raises(UserError, match=r"yaml was made with learning_rate None, expected 0\.5"):
+        prepare(learning_rate=0.5).make_runs()
+
+
+def test_results_hold_the_figures_of_the_runs_with_mean_and_deviation(commands, prepare, tmp_path):
+    runs = prepare()
+    runs.make_runs()
+    results = runs.write_results()
+    for name, summary in results["table_2"].items():
+        values = [run.metrics()["f1"] for run in runs.architecture_runs(name)]
+        assert summary["f1"]["runs"] == values
+        assert summary["f1"]["mean"] == sum(values) / 2
+        assert summary["f1"]["std"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))
+        assert math.isnan(summary["reducible_f1"]["mean"])
+    assert [(row["tag_add_ratio"], row["pretrained"]) for row in results["table_3"]] == [
+        (0.0, False),
+        (0.5, False),
+        (0.0, True),
+        (0.5, True),
+    ]
+    assert results["keep_all"]["f1"] == 70.0 and "paper" not in results
+    for number in (3, 4, 8):
+        assert (tmp_path / f"out/figure_{number}.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "out/results.md").read_text()
+    assert "| keep all | 70.0 | 70.0 | 70.0 | 70.0 |" in text
+    assert f"{results['table_2']['FF']['f1']['mean']:.1f} ± " in text
+
+
+def test_without_photographs_only_the_tag_models_are_trained(commands, prepare, tmp_path):
+    folder = tmp_path / "tags"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = datasets.Dataset.from_list(make_rows(6)).remove_columns("image")
+        rows.to_parquet(folder / f"{split}.parquet")
+    runs = prepare(folder, seeds=[3])
+    runs.make_runs()
+    assert sorted(commands.calls) == [("train.py", "FF-3"), ("train.py", "TF-t-3")]
+    results = runs.write_results()
+    assert list(results["table_2"]) == ["FF", "TF-t"] and "table_3" not in results
+    assert "±" not in format_results(results), "one seed has no deviation"
+
+
+def test_the_papers_figures_stand_beside_ours_on_nus_wide(commands, prepare, tmp_path, dataset_dir):
+    folder = tmp_path / "nus_wide"
+    shutil.copytree(dataset_dir, folder)
+    (folder / "README.md").write_text("---\nsource_datasets:\n- extended|nus-wide\n---\n")
+    runs = prepare(folder)
+    runs.make_runs()
+    text = format_results(runs.write_results())
+    assert "94.5 / 96.7 / 94.1 |" in text and "20.53, 94.30 |" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("seeds", [0, 0]), ("seeds", []), ("outlier_ratio", 0), ("num_parallel_runs", 0)]
+)
+def test_wrong_arguments_are_named(field, value):
+    with pytest.raises(UsageError, match=field):
+        ReproductionArguments(**{field: value})
+
+
+def test_a_run_that_fails_is_reported_with_its_reason(tmp_path):
+    with pytest.raises(UserError, match=r"train\.py failed \(see .*run\.log\): .*no\.yaml cannot be read"):
+        reproduction._launch("train.py", ["no.yaml"], tmp_path / "run.log")
