@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from magneto_training.arguments import (
+    DataArguments,
     ModelArguments,
     PretrainingArguments,
     PretrainingDataArguments,
@@ -28,7 +29,7 @@ from modeling_magneto import MagnetoForOutlierDetection, MagnetoProcessor
 
 def main() -> None:
     model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, PretrainingDataArguments, PretrainingArguments)
+        (ModelArguments, PretrainingDataArguments, PretrainingArguments), passed_over=(DataArguments,)
     )
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)

@@ -255,22 +255,33 @@ class _Parser(HfArgumentParser):
         raise UsageError(message)
 
 
-def parse_arguments(argument_classes: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
+def parse_arguments(
+    argument_classes: Sequence[type], argv: Sequence[str] | None = None, passed_over: Sequence[type] = ()
+) -> tuple:
     """Read `[CONFIG.yaml] [--field value ...]` into one instance of each dataclass.
 
     A value on the command line wins over the file's. The file's values go through the same parser, so both mean the
     same and are checked in the same way.
+
+    Args:
+        argument_classes: Dataclasses whose fields the command knows.
+        argv: The command line; by default the process's.
+        passed_over: Dataclasses of another command, whose fields the file may hold too: one file for both.
 
     Raises:
         UsageError: An argument is unknown (the message suggests the nearest name) or has a wrong value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(argument_classes, allow_abbrev=False)
-    fields = {item.name for argument_class in argument_classes for item in dataclasses.fields(argument_class)}
+    fields, others = (
+        {item.name for argument_class in classes for item in dataclasses.fields(argument_class)}
+        for classes in (argument_classes, passed_over)
+    )
     options = {"help", *fields, *(f"no_{name}" for name in fields)}
     from_file = []
     if argv and not argv[0].startswith("-"):
-        settings = _read_yaml(Path(argv.pop(0)), fields)
+        settings = _read_yaml(Path(argv.pop(0)), fields | others)
+        settings = {name: value for name, value in settings.items() if name in fields}
         parser.set_defaults(**_read_nulls(settings, argument_classes))
         from_file = [part for name, value in settings.items() for part in _to_arguments(name, value)]
     for argument in argv:

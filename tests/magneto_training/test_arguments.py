@@ -7,6 +7,7 @@ from magneto_training.arguments import (
     MagnetoTrainingArguments,
     ModelArguments,
     PredictArguments,
+    PretrainingDataArguments,
     UsageError,
     UserError,
     parse_arguments,
@@ -256,3 +257,14 @@ def test_a_file_system_error_is_one_line_too(capsys):
         raise NotADirectoryError(20, "Not a directory", "file/x")
     assert ended.value.code == 1
     assert capsys.readouterr().err == "train.py: error: [Errno 20] Not a directory: 'file/x'\n"
+
+
+def test_a_file_for_two_commands_may_hold_the_fields_of_both(tmp_path):
+    file = tmp_path / "both.yaml"
+    file.write_text("dataset_name: photos\ntag_add_ratio: 0.25\noutlier_ratio: 2\n")
+    (pretraining,) = parse_arguments((PretrainingDataArguments,), [str(file)], passed_over=(DataArguments,))
+    assert (pretraining.dataset_name, pretraining.outlier_ratio) == ("photos", 2)
+    with pytest.raises(UsageError, match="unknown field 'tag_add_ratio'"):
+        parse_arguments((PretrainingDataArguments,), [str(file)])
+    with pytest.raises(UsageError, match="unknown field 'tag_add_ratio' in the command line"):
+        parse_arguments((PretrainingDataArguments,), [str(file), "--tag_add_ratio", "1"], passed_over=(DataArguments,))
