@@ -1,9 +1,12 @@
 """Configuration of the MAGNeto models."""
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+CALIBRATED_OUTPUTS = ("logits", "tag_logits", "image_logits")
 
 
 @strict
@@ -40,6 +43,10 @@ class MagnetoConfig(PreTrainedConfig):
             frozen and in eval mode. 0 freezes everything (NUS-WIDE), 1 trains ResNet's last block (the large-scale
             setting), -1 trains everything. Stages are timm's coarse parameter groups; the stem is one of them.
         image_size: Height and width of the photographs, in pixels.
+        calibration: Turns raw outputs into calibrated ones, `logit / temperature + bias + tag bias`. For some of
+            `"logits"`, `"tag_logits"` and `"image_logits"`, it has a mapping of `temperature` (above 0), `bias` and,
+            optionally, `tag_biases`: the index of a tag, as text, to its own bias. `None`, the paper's, leaves the
+            outputs raw. Losses are those of the raw outputs in any case; `MagnetoForOutlierDetection` ignores it.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: A field has a wrong type or value; the message names the field.
@@ -66,6 +73,7 @@ class MagnetoConfig(PreTrainedConfig):
     backbone_kwargs: dict[str, Any] | None = None
     num_trainable_backbone_stages: int = 0
     image_size: int = 112
+    calibration: dict[str, dict[str, Any]] | None = None
 
     def validate_sizes(self):
         """Every size is positive, and the heads divide the hidden size."""
@@ -100,6 +108,28 @@ class MagnetoConfig(PreTrainedConfig):
             raise ValueError(f"dropout is {self.dropout}, expected a probability in [0, 1)")
         if not 0 <= self.auxiliary_loss_weight < float("inf"):
             raise ValueError(f"auxiliary_loss_weight is {self.auxiliary_loss_weight}, expected at least 0")
+
+    def validate_calibration(self):
+        """Calibration has known outputs, finite numbers, positive temperatures, and biases of tags that there are."""
+        for output, fields in (self.calibration or {}).items():
+            name = f"calibration[{output!r}]"
+            if output not in CALIBRATED_OUTPUTS:
+                raise ValueError(f"{name} is unknown, expected some of {', '.join(CALIBRATED_OUTPUTS)}")
+            if not {"temperature", "bias"} <= fields.keys() <= {"temperature", "bias", "tag_biases"}:
+                raise ValueError(f"{name} has {', '.join(fields)}, expected temperature, bias, at most tag_biases")
+            tag_biases = fields.get("tag_biases", {})
+            if not isinstance(tag_biases, dict):
+                raise ValueError(f"{name} has tag_biases {tag_biases!r}, expected a mapping of indices to numbers")
+            for index in tag_biases:
+                if not (isinstance(index, str) and index.isdecimal() and int(index) < self.vocab_size):
+                    raise ValueError(
+                        f"{name} has a bias of tag {index!r}, expected an index below vocab_size, as text"
+                    )
+            for value in (fields["temperature"], fields["bias"], *tag_biases.values()):
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                    raise ValueError(f"{name} has the value {value!r}, expected finite numbers")
+            if fields["temperature"] <= 0:
+                raise ValueError(f"{name} has temperature {fields['temperature']}, expected a number above 0")
 
 
 __all__ = ["MagnetoConfig"]

@@ -50,7 +50,8 @@ class MagnetoModelOutput(ModelOutput):
 class MagnetoOutput(ModelOutput):
     """Scores of the tags, as logits: `sigmoid(logits)` is the score in [0, 1].
 
-    Values at padded slots mean nothing.
+    Values at padded slots mean nothing. Where the configuration has a calibration, each of the three logits is
+    calibrated by itself; losses are those of the raw logits, and so is the mixture that the gate makes.
 
     Args:
         loss: Scalar; the sum that is trained on, with `labels` only.
@@ -294,6 +295,34 @@ def mixture_logits(gate_logits: torch.Tensor, image_logits: torch.Tensor, tag_lo
     return log_kept - log_dropped
 
 
+class MagnetoCalibration(nn.Module):
+    """Platt scaling of one output, with the numbers that the configuration holds: nothing here is trained or saved.
+
+    Args:
+        vocab_size: Number of tag embeddings.
+        temperature, bias, tag_biases: As in `MagnetoConfig.calibration`.
+    """
+
+    def __init__(self, vocab_size: int, temperature: float, bias: float, tag_biases: dict[str, float] | None = None):
+        super().__init__()
+        self.temperature = temperature
+        self.bias = bias
+        self.tag_biases = tag_biases or {}
+        self.register_buffer("biases", torch.empty(vocab_size, dtype=torch.float32), persistent=False)
+        self.init_non_persistent_buffers()
+
+    @torch.no_grad()
+    def init_non_persistent_buffers(self):
+        """Called again by `_init_weights`: `from_pretrained` builds the model on a device without storage."""
+        self.biases.fill_(self.bias)
+        for index, bias in self.tag_biases.items():
+            self.biases[int(index)] += bias
+
+    def forward(self, logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Raw logits and indices of the tags, both (B, L), -> calibrated logits (B, L) float32."""
+        return logits.float() / self.temperature + self.biases[input_ids]
+
+
 class MagnetoPreTrainedModel(PreTrainedModel):
     """What the MAGNeto models share: configuration, initialisation, saving and loading."""
 
@@ -393,7 +422,36 @@ class MagnetoForTagSummarization(MagnetoPreTrainedModel):
         self.classifiers = MagnetoStreamHeads(config)
         if config.streams == "both":
             self.gate = MagnetoGate(config)
+        self.calibration = self._create_calibration()
         self.post_init()
+
+    def set_calibration(self, calibration: dict[str, dict[str, Any]] | None) -> None:
+        """Give calibrated outputs from now on, or with None raw ones.
+
+        Args:
+            calibration: As in `MagnetoConfig.calibration`, where it is kept.
+
+        Raises:
+            huggingface_hub.errors.StrictDataclassError: It has a wrong field or value.
+        """
+        MagnetoConfig(vocab_size=self.config.vocab_size, calibration=calibration)  # what is wrong with it, it says
+        self.config.calibration = calibration
+        self.calibration = self._create_calibration()
+
+    def _create_calibration(self) -> nn.ModuleDict | None:
+        if self.config.calibration is None:
+            return None
+        return nn.ModuleDict(
+            {
+                name: MagnetoCalibration(self.config.vocab_size, **fields)
+                for name, fields in self.config.calibration.items()
+            }
+        ).to(self.device)
+
+    def _calibrate(self, name: str, logits: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor | None:
+        if logits is None or self.calibration is None or name not in self.calibration:
+            return logits
+        return self.calibration[name](logits, input_ids)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As every model's, and a folder that `pipeline("tag-summarization")` can load."""
@@ -444,9 +502,9 @@ class MagnetoForTagSummarization(MagnetoPreTrainedModel):
 
         return MagnetoOutput(
             loss=loss,
-            logits=logits,
-            tag_logits=tag_logits,
-            image_logits=image_logits,
+            logits=self._calibrate("logits", logits, input_ids),
+            tag_logits=self._calibrate("tag_logits", tag_logits, input_ids),
+            image_logits=self._calibrate("image_logits", image_logits, input_ids),
             gate=gate,
             final_loss=final_loss,
             tag_loss=tag_loss,

@@ -17,6 +17,7 @@ def test_the_defaults_are_the_papers_nus_wide_setting():
     assert config.vocab_size == 81 + 2  # the concepts, [PAD] and [UNK]
     assert (config.streams, config.tag_encoder) == ("both", "transformer")
     assert (config.objective, config.auxiliary_loss_weight) == ("bce_dice", 1)
+    assert config.calibration is None  # raw scores
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,21 @@ def test_the_defaults_are_the_papers_nus_wide_setting():
         ("num_trainable_backbone_stages", 1.5),
         ("image_size", 0),
         ("image_size", (112, 112)),
+        ("calibration", 1.5),
+        ("calibration", {"logits": 1.5}),
+        ("calibration", {"gate": {"temperature": 1.0, "bias": 0.0}}),
+        ("calibration", {"logits": {"temperature": 1.0}}),
+        ("calibration", {"logits": {"temperature": 1.0, "bias": 0.0, "slope": 1.0}}),
+        ("calibration", {"logits": {"temperature": 0, "bias": 0.0}}),
+        ("calibration", {"logits": {"temperature": -1.0, "bias": 0.0}}),
+        ("calibration", {"logits": {"temperature": float("inf"), "bias": 0.0}}),
+        ("calibration", {"logits": {"temperature": 1.0, "bias": float("nan")}}),
+        ("calibration", {"logits": {"temperature": 1.0, "bias": None}}),
+        ("calibration", {"logits": {"temperature": 1.0, "bias": 0.0, "tag_biases": [0.1]}}),
+        ("calibration", {"logits": {"temperature": 1.0, "bias": 0.0, "tag_biases": {"83": 0.1}}}),
+        ("calibration", {"logits": {"temperature": 1.0, "bias": 0.0, "tag_biases": {"-1": 0.1}}}),
+        ("calibration", {"logits": {"temperature": 1.0, "bias": 0.0, "tag_biases": {2: 0.1}}}),
+        ("calibration", {"logits": {"temperature": 1.0, "bias": 0.0, "tag_biases": {"2": "a little"}}}),
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_the_field(name, value):
@@ -86,6 +102,7 @@ def test_a_saved_configuration_comes_back_with_every_field(tmp_path):
         "backbone_kwargs": {"pad_type": "same"},
         "num_trainable_backbone_stages": -1,
         "image_size": 64,
+        "calibration": {"logits": {"temperature": 1.5, "bias": -0.25, "tag_biases": {"3": 0.125}}},
     }
     MagnetoConfig(**changed).save_pretrained(tmp_path)
 

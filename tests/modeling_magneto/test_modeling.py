@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import nn
 
@@ -522,3 +523,64 @@ def test_a_photograph_of_another_size_gives_more_regions(tiny_config, processor)
 
     with torch.no_grad():
         assert model(**inputs, output_attentions=True).attentions.shape == (1, 2, 1, 9)
+
+
+# --------------------------------------------------------------------------------------------------------- calibration
+
+CALIBRATION = {
+    "logits": {"temperature": 2.0, "bias": 0.5, "tag_biases": {"3": -1.0, "1": 0.25}},
+    "tag_logits": {"temperature": 0.5, "bias": -1.0},
+}
+
+
+@pytest.mark.parametrize("streams", ["both", "image", "tag"])
+def test_calibration_changes_scores_as_configured_and_no_loss(tiny_config, streams):
+    model, batch = build(tiny_config, streams=streams), make_batch()
+    with torch.no_grad():
+        raw = model(**batch)
+        model.set_calibration(CALIBRATION)
+        calibrated = model(**batch)
+        model.set_calibration(None)
+        again = model(**batch)
+
+    biases = torch.tensor([0.5, 0.75, 0.5, -0.5, 0.5, 0.5])[batch["input_ids"]]
+    torch.testing.assert_close(calibrated.logits, raw.logits / 2 + biases)
+    if streams != "image":
+        torch.testing.assert_close(calibrated.tag_logits, raw.tag_logits * 2 - 1)
+    assert raw.keys() == calibrated.keys() == again.keys()
+    for name in raw.keys() - {"logits", "tag_logits"}:
+        assert torch.equal(calibrated[name], raw[name]), name
+    assert all(torch.equal(again[name], raw[name]) for name in raw)
+
+
+def test_a_calibrated_model_is_built_from_its_configuration_alone(tiny_config):
+    model = build(tiny_config, calibration=CALIBRATION)
+    other = build(tiny_config)
+    other.load_state_dict(model.state_dict())
+    other.set_calibration(CALIBRATION)
+
+    batch = make_batch()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, other(**batch).logits)
+
+
+def test_a_wrong_calibration_is_refused_and_the_old_one_stays(tiny_config):
+    model = build(tiny_config, calibration=CALIBRATION)
+
+    with pytest.raises(StrictDataclassError, match="calibration"):
+        model.set_calibration({"logits": {"temperature": -1.0, "bias": 0.0}})
+
+    assert model.config.calibration == CALIBRATION
+
+
+def test_a_calibrated_model_is_exported_and_compiled(tiny_config):
+    model, batch = build(tiny_config, streams="tag", calibration=CALIBRATION), make_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    exported = torch.export.export(model, (), inputs).module()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch.testing.assert_close(exported(**inputs)["logits"], expected)
+        torch.testing.assert_close(compiled(**inputs).logits, expected)

@@ -192,6 +192,74 @@ def test_frozen_stages_stay_frozen_after_loading(tiny_config, tmp_path, stages, 
     assert all(p.requires_grad for name, p in loaded.named_parameters() if "backbone" not in name)
 
 
+CALIBRATION = {
+    "logits": {"temperature": 1.4, "bias": 0.1, "tag_biases": {"2": -0.3, "5": 0.7}},
+    "image_logits": {"temperature": 0.6, "bias": -1.1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_calibration_survives_saving_and_loading_bit_for_bit(tiny_config, processor, tmp_path, dtype):
+    model = moved(MagnetoForTagSummarization(tiny_config)).to(dtype)
+    raw_state = model.state_dict().keys()
+    model.set_calibration(CALIBRATION)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
+
+        assert loaded.config.calibration == CALIBRATION
+        assert loaded.state_dict().keys() == raw_state == load_file(tmp_path / "model.safetensors").keys()
+        for name, biases in (("logits", [0.1, 0.1, -0.2, 0.1, 0.1, 0.8]), ("image_logits", [-1.1] * 6)):
+            assert loaded.calibration[name].biases.tolist() == pytest.approx(biases, abs=1e-6)
+            assert torch.equal(loaded.calibration[name].biases, model.calibration[name].biases)
+        with torch.no_grad():
+            outputs, expected = loaded(**make_inputs(processor)), model(**make_inputs(processor))
+        tolerance = 1e-6 if dtype == torch.float32 else 0.02
+        for name in ("logits", "tag_logits", "image_logits"):
+            torch.testing.assert_close(outputs[name], expected[name], atol=tolerance, rtol=tolerance)
+        model = loaded
+
+
+def test_a_fresh_process_loads_rule_and_calibration_from_the_folders_own_code(saved, tmp_path):
+    folder, model, processor = saved
+    model.set_calibration(CALIBRATION)
+    model.save_pretrained(folder)
+    processor.selection = SELECTION
+    processor.save_pretrained(folder)
+    script = """
+import sys
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained("model", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
+print("modeling_magneto" in sys.modules, sorted(processor.selection.items()), model.calibration["logits"].biases.tolist())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+
+    finished = subprocess.run(
+        [sys.executable, "-I", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+
+    assert finished.returncode == 0, finished.stderr
+    assert (
+        finished.stdout.strip() == f"False {sorted(SELECTION.items())} {model.calibration['logits'].biases.tolist()}"
+    )
+
+
+def test_pretraining_ignores_a_calibration(tiny_config, processor, tmp_path):
+    model = moved(MagnetoForTagSummarization(tiny_config))
+    model.set_calibration(CALIBRATION)
+    model.save_pretrained(tmp_path)
+
+    detector = MagnetoForOutlierDetection.from_pretrained(tmp_path)
+
+    with torch.no_grad():
+        raw = detector.detectors(detector.magneto(**make_inputs(processor)))
+        outputs = detector(**make_inputs(processor))
+    assert torch.equal(outputs.tag_logits, raw[0]) and torch.equal(outputs.image_logits, raw[1])
+
+
 # ------------------------------------------------------------------------------------------------------ initialisation
 
 
