@@ -177,8 +177,8 @@ class OutlierDataset(SeededDataset):
         self.vocabulary = vocabulary
         self.outlier_ratio = outlier_ratio
 
-    def __getitem__(self, index: int) -> dict:
-        return inject_outliers(super().__getitem__(index), self.vocabulary, self.outlier_ratio)
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        return [inject_outliers(row, self.vocabulary, self.outlier_ratio) for row in super().__getitems__(indices)]
 
 
 def inject_outliers(row: dict, vocabulary: Sequence[str], outlier_ratio: float) -> dict:
