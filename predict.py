@@ -3,8 +3,6 @@
 accelerate launch predict.py --model_name_or_path M --dataset_name D [--split S] --output_file OUT.parquet
 """
 
-from pathlib import Path
-
 from accelerate import Accelerator
 
 from magneto_training.arguments import PredictArguments, parse_arguments, user_errors_in_one_line
@@ -24,16 +22,13 @@ def main() -> None:
     metrics = predict_dataset(accelerator, model, processor, dataset, args)
 
     if accelerator.is_main_process:
-        output_file = Path(args.output_file)
         if "f1" in metrics:
             print(format_metrics({args.dataset_name: metrics}))
         if "outlier_percent" in metrics:
             print(f"images with a strange tag among the selected ones: {metrics['outlier_percent']:.2f} %")
-        print(f"{len(dataset)} images: {output_file}")
+        print(f"{len(dataset)} images: {args.output_file}")
         if args.report_images:
-            report_file = output_file.with_name("report.html")
-            write_report(report_file, output_file, dataset, metrics, args.report_images)
-            print(f"report: {report_file}")
+            print(f"report: {write_report(model, processor, dataset, args, metrics)}")
 
 
 if __name__ == "__main__":

@@ -1,85 +1,253 @@
-"""report.html: what a model chose, for people who would rather look than read. One file, opens from disk."""
+"""report.html: what a model chose and why, for people who would rather look than read. One file, opens from disk."""
 
 import base64
 import io
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import jinja2
+import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset
 from PIL import Image, ImageOps
+from sklearn.metrics import precision_recall_curve
+from torch.utils.data import Subset
 
+from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
 from modeling_magneto.processing_magneto import normalize_tag
 
+from .arguments import PredictArguments
 from .evaluation import format_metrics
+from .prediction import predict_batches, rows_for_model
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
-THUMBNAIL_SIZE = 240
+PHOTOGRAPH_SIZE = 256
+CURVE_POINTS = 300
 
 
 def write_report(
-    report_file: Path, prediction_file: Path, dataset: Dataset, metrics: dict[str, float], num_images: int
-) -> None:
-    """Write a page with the first images of a prediction.
+    model: MagnetoForTagSummarization,
+    processor: MagnetoProcessor,
+    dataset: Dataset,
+    args: PredictArguments,
+    metrics: dict[str, float],
+) -> Path:
+    """Write report.html beside a prediction: figures of all images, and a card for each of a sample.
+
+    Scores and selected tags are those of the prediction file. The gate, and what each tag looked at, are computed
+    again for the sample.
 
     Args:
-        report_file: The page to write.
-        prediction_file: The Parquet file that `predict_dataset` wrote.
+        model: The model that predicted, in eval mode, on the device to use.
+        processor: The model's processor.
         dataset: The rows that were predicted, in the same order.
+        args: The arguments of the prediction; `report_images` is the size of the sample.
         metrics: What `predict_dataset` returned.
-        num_images: How many images to show.
+
+    Returns:
+        The page.
     """
+    prediction_file = Path(args.output_file)
+    shown = evenly_spread(len(dataset), args.report_images)
+    totals, items, in_sample = _Totals(), [], set(shown)
+    for index, item in enumerate(_read_predictions(prediction_file, dataset)):
+        totals.add(*item)
+        if index in in_sample:
+            items.append(item)
+    insights = _look_inside(model, processor, dataset, shown, args)
+    photographs = _read_photographs(dataset, shown)
+    cards = [
+        _make_card(prediction, important, insight, photograph)
+        for (prediction, important), insight, photograph in zip(items, insights, photographs, strict=True)
+    ]
+
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         title=prediction_file.name,
-        num_images=len(dataset),
+        totals=totals,
         metrics_table=format_metrics({prediction_file.stem: metrics}) if "f1" in metrics else None,
+        curve=totals.precision_recall() if totals.num_known else None,
         outlier_percent=metrics.get("outlier_percent"),
-        items=list(_read_items(prediction_file, dataset, min(num_images, len(dataset)))),
+        cards=cards,
+        map_side=next((card["map_side"] for card in cards), None),
+        has_gate=model.config.streams == "both",
     )
+    report_file = prediction_file.with_name("report.html")
     partial = report_file.with_name(report_file.name + ".partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(report_file)
+    return report_file
 
 
-def _read_items(prediction_file: Path, dataset: Dataset, num_images: int) -> Iterator[dict]:
-    predictions = pq.ParquetFile(prediction_file)
-    shown = next(predictions.iter_batches(batch_size=max(num_images, 1))).to_pylist() if num_images else []
-    if "image" in dataset.column_names:
-        dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    for prediction, row in zip(shown, dataset.select(range(num_images)), strict=True):
-        selected = set(prediction["selected_tags"])
-        important = {normalize_tag(tag) for tag in row.get("important_tags") or ()}
-        tags = [
-            {
-                "name": tag,
-                "score": score,
-                "selected": tag in selected,
-                "important": tag in important,
-                "wrong": bool(important) and (tag in selected) != (tag in important),
-            }
-            for tag, score in zip(prediction["tags"], prediction["scores"], strict=True)
-        ]
-        yield {
-            "item_id": prediction["item_id"],
-            "image": _thumbnail(row.get("image")),
-            "tags": sorted(tags, key=lambda tag: -tag["score"]),
-            "wrong": any(tag["wrong"] for tag in tags),
+def evenly_spread(total: int, count: int) -> list[int]:
+    """At most `count` of the indices 0..total-1, the first among them, as far apart as they can be."""
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
+
+
+@dataclass
+class _Totals:
+    """What is counted over all images; the lists hold one array for each image with ground truth."""
+
+    num_images: int = 0
+    num_tags: int = 0
+    num_selected: int = 0
+    num_mistaken: int = 0
+    scores: list[np.ndarray] = field(default_factory=list)
+    selected: list[np.ndarray] = field(default_factory=list)
+    important: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def num_known(self) -> int:
+        """Images with ground truth."""
+        return len(self.important)
+
+    def add(self, prediction: dict, important: set[str]) -> None:
+        kept = set(prediction["selected_tags"])
+        self.num_images += 1
+        self.num_tags += len(prediction["tags"])
+        self.num_selected += len(kept)
+        if important:
+            self.num_mistaken += kept != important
+            self.scores.append(np.array(prediction["scores"], dtype=np.float32))
+            self.selected.append(np.array([tag in kept for tag in prediction["tags"]]))
+            self.important.append(np.array([tag in important for tag in prediction["tags"]]))
+
+    def precision_recall(self) -> dict:
+        """Precision over recall in percent, over the tags of all images: the curve, and two points beside it."""
+        important, selected = np.concatenate(self.important), np.concatenate(self.selected)
+        precision, recall, _ = precision_recall_curve(important, np.concatenate(self.scores), drop_intermediate=True)
+        # The last point, of no tag at all, is a convention; the others go from the lowest threshold to the highest.
+        points = 100 * np.stack([recall, precision], axis=1)[:-1]  # (points, 2)
+        points = points[evenly_spread(len(points), CURVE_POINTS)]
+        right = np.count_nonzero(important & selected)
+        chosen = None  # with nothing selected there is no precision
+        if selected.any():
+            chosen = (100 * right / np.count_nonzero(important), 100 * right / np.count_nonzero(selected))
+        keep_all = (100.0, 100 * important.mean())
+        # The first few tags swing wildly between right and wrong: they do not decide where the axis begins.
+        lowest = min([*points[points[:, 0] >= 5, 1], keep_all[1], *([chosen[1]] if chosen else [])])
+        return {
+            "points": points.tolist(),
+            "selected": chosen,
+            "keep_all": keep_all,
+            "floor": max(floor for floor in (0, 50, 75, 90) if floor <= lowest),
         }
 
 
-def _thumbnail(image: dict | None) -> str | None:
-    """A small JPEG as a data address; none for a photograph that a tag-only model needed not read."""
+def _read_predictions(prediction_file: Path, dataset: Dataset) -> Iterator[tuple[dict, set[str]]]:
+    """Each image's prediction with its important tags, of which there are none where they are unknown."""
+    predictions = (row for rows in pq.ParquetFile(prediction_file).iter_batches() for row in rows.to_pylist())
+    if "important_tags" not in dataset.column_names:
+        for prediction in predictions:
+            yield prediction, set()
+        return
+    batches = dataset.select_columns("important_tags").iter(batch_size=1000)
+    truth = (tags for batch in batches for tags in batch["important_tags"])
+    for prediction, important_tags in zip(predictions, truth, strict=True):
+        yield prediction, {normalize_tag(tag) for tag in important_tags or ()}
+
+
+@dataclass
+class _Insight:
+    """What the model tells of one image beside the scores.
+
+    Args:
+        gate: For each tag the weight of the image stream, in [0, 1]; with both streams only.
+        attention: (tags, R), what share of its attention each tag gave to each region; with an image stream only.
+        outliers: The strange tags that were injected.
+    """
+
+    gate: list[float] | None
+    attention: np.ndarray | None
+    outliers: set[str]
+
+
+def _look_inside(
+    model: MagnetoForTagSummarization,
+    processor: MagnetoProcessor,
+    dataset: Dataset,
+    shown: list[int],
+    args: PredictArguments,
+) -> Iterator[_Insight]:
+    rows = Subset(rows_for_model(dataset, processor, args), shown)
+    for batch in predict_batches(model, processor, rows, args.batch_size, output_attentions=True):
+        gate, attentions = batch.outputs.gate, batch.outputs.attentions
+        if attentions is not None:
+            attentions = attentions.float().mean(1).cpu().numpy()  # (B, L, R), over the heads
+        for index, (row, result) in enumerate(zip(batch.rows, batch.results, strict=True)):
+            num_tags = len(result["tags"])
+            yield _Insight(
+                None if gate is None else gate[index, :num_tags].tolist(),
+                None if attentions is None else attentions[index, :num_tags],
+                set(row.get("outliers", ())),
+            )
+
+
+def _make_card(prediction: dict, important: set[str], insight: _Insight, photograph: str | None) -> dict:
+    kept = set(prediction["selected_tags"])
+    mistakes = {
+        "wrong": kept - important if important else set(),
+        "lost": important - kept,
+        "strange": kept & insight.outliers,
+    }
+    attention = insight.attention
+    map_side = None if attention is None else math.isqrt(attention.shape[-1])  # of a square photograph
+    tags = [
+        {
+            "name": name,
+            "score": score,
+            "selected": name in kept,
+            "important": name in important,
+            "strange": name in insight.outliers,
+            "mistake": any(name in names for names in mistakes.values()),
+            "gate": None if insight.gate is None else insight.gate[index],
+            # One region alone always has all of the attention.
+            "heat": _encode_heat(attention[index]) if map_side and map_side > 1 else None,
+            "peak": None if attention is None else float(attention[index].max()),
+        }
+        for index, (name, score) in enumerate(zip(prediction["tags"], prediction["scores"], strict=True))
+    ]
+    return {
+        "item_id": prediction["item_id"],
+        "photograph": photograph,
+        "map_side": map_side,
+        "tags": sorted(tags, key=lambda tag: -tag["score"]),
+        "mistakes": [kind for kind, names in mistakes.items() if names],
+        "f1": 2 * len(kept & important) / (len(kept) + len(important)) if important else None,
+    }
+
+
+def _encode_heat(attention: np.ndarray) -> str:
+    """A byte for each region (R,), row by row, 255 for the one that was looked at most; the page paints them."""
+    return base64.b64encode(np.round(255 * attention / attention.max()).astype(np.uint8).tobytes()).decode()
+
+
+def _read_photographs(dataset: Dataset, shown: list[int]) -> Iterator[str | None]:
+    rows = dataset.select(shown)
+    if "image" not in rows.column_names:
+        yield from [None] * len(rows)
+        return
+    for row in rows.select_columns("image").cast_column("image", datasets.Image(decode=False)):
+        yield _square(row["image"])
+
+
+def _square(image: dict | None) -> str | None:
+    """The centre square, which is what the model sees, as a data address of a small JPEG.
+
+    None for a photograph that cannot be read, as a tag-only model need not.
+    """
     try:
         with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-            opened.draft("RGB", (THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-            thumbnail = ImageOps.exif_transpose(opened).convert("RGB")
+            opened.draft("RGB", (PHOTOGRAPH_SIZE, PHOTOGRAPH_SIZE))
+            photograph = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError):
         return None
-    thumbnail.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    size = min(PHOTOGRAPH_SIZE, *photograph.size)
     buffer = io.BytesIO()
-    thumbnail.save(buffer, "JPEG", quality=80)
+    ImageOps.fit(photograph, (size, size)).save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

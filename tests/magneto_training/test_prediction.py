@@ -273,7 +273,7 @@ def test_a_tag_only_model_reads_no_photographs(tiny_model, processor, rows, tmp_
     args = make_args("unused", tmp_path / "out.parquet")
 
     metrics = predict_dataset(Accelerator(), model, processor, broken, args)
-    write_report(tmp_path / "report.html", tmp_path / "out.parquet", broken, metrics, 200)
+    write_report(model, processor, broken, args, metrics)
 
     assert metrics["num_images"] == len(rows)
     assert "<img" not in (tmp_path / "report.html").read_text()
