@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,20 +92,17 @@ def evenly_spread(total: int, count: int) -> list[int]:
 
 @dataclass
 class _Totals:
-    """What is counted over all images; the lists hold one array for each image with ground truth."""
+    """What is counted over all images."""
 
     num_images: int = 0
     num_tags: int = 0
     num_selected: int = 0
+    num_known: int = 0  # images with ground truth, and of these
     num_mistaken: int = 0
-    scores: list[np.ndarray] = field(default_factory=list)
-    selected: list[np.ndarray] = field(default_factory=list)
-    important: list[np.ndarray] = field(default_factory=list)
-
-    @property
-    def num_known(self) -> int:
-        """Images with ground truth."""
-        return len(self.important)
+    # For each tag of an image with ground truth; compact, for there may be many millions.
+    scores: array = field(default_factory=lambda: array("f"))
+    selected: bytearray = field(default_factory=bytearray)
+    important: bytearray = field(default_factory=bytearray)
 
     def add(self, prediction: dict, important: set[str]) -> None:
         kept = set(prediction["selected_tags"])
@@ -112,15 +110,17 @@ class _Totals:
         self.num_tags += len(prediction["tags"])
         self.num_selected += len(kept)
         if important:
+            self.num_known += 1
             self.num_mistaken += kept != important
-            self.scores.append(np.array(prediction["scores"], dtype=np.float32))
-            self.selected.append(np.array([tag in kept for tag in prediction["tags"]]))
-            self.important.append(np.array([tag in important for tag in prediction["tags"]]))
+            self.scores.extend(prediction["scores"])
+            self.selected.extend([tag in kept for tag in prediction["tags"]])
+            self.important.extend([tag in important for tag in prediction["tags"]])
 
     def precision_recall(self) -> dict:
         """Precision over recall in percent, over the tags of all images: the curve, and two points beside it."""
-        important, selected = np.concatenate(self.important), np.concatenate(self.selected)
-        precision, recall, _ = precision_recall_curve(important, np.concatenate(self.scores), drop_intermediate=True)
+        scores = np.frombuffer(self.scores, dtype=np.float32)
+        selected, important = (np.frombuffer(tags, dtype=bool) for tags in (self.selected, self.important))
+        precision, recall, _ = precision_recall_curve(important, scores, drop_intermediate=True)
         # The last point, of no tag at all, is a convention; the others go from the lowest threshold to the highest.
         points = 100 * np.stack([recall, precision], axis=1)[:-1]  # (points, 2)
         points = points[evenly_spread(len(points), CURVE_POINTS)]
@@ -141,7 +141,7 @@ class _Totals:
 
 def _read_predictions(prediction_file: Path, dataset: Dataset) -> Iterator[tuple[dict, set[str]]]:
     """Each image's prediction with its important tags, of which there are none where they are unknown."""
-    predictions = (row for rows in pq.ParquetFile(prediction_file).iter_batches() for row in rows.to_pylist())
+    predictions = (row for rows in pq.ParquetFile(prediction_file).iter_batches(1000) for row in rows.to_pylist())
     if "important_tags" not in dataset.column_names:
         for prediction in predictions:
             yield prediction, set()
