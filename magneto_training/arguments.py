@@ -1,5 +1,6 @@
 """Command-line arguments: dataclasses with help, read from a YAML file and overridden on the command line."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -250,9 +251,15 @@ class ReproductionArguments:
             raise UsageError(f"num_parallel_runs is {self.num_parallel_runs}, expected at least 1")
 
 
-class _Parser(HfArgumentParser):
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are `UsageError`s."""
+
     def error(self, message: str):
         raise UsageError(message)
+
+
+class _Parser(CommandParser, HfArgumentParser):
+    """Of dataclasses."""
 
 
 def parse_arguments(
