@@ -13,8 +13,9 @@ from magneto_training.arguments import (
 )
 from magneto_training.augmentation import TagAugmentation
 from magneto_training.backbone import resolve_normalization
+from magneto_training.calibration import calibrate, write_reliability_diagram
 from magneto_training.collation import AugmentedDataset, SeededDataset, TagCollator
-from magneto_training.evaluation import compute_metrics, format_metrics, write_metrics
+from magneto_training.evaluation import add_stored_rule, compute_metrics, format_metrics, write_metrics
 from magneto_training.feature_cache import build_feature_caches
 from magneto_training.figures import write_training_curves
 from magneto_training.initialization import initialize_model, new_model
@@ -66,13 +67,27 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
 
+    # Choosing the tags: the paper's rule, or the highest expected F1 of scores that are calibrated on validation.
+    results = {name: trainer.predict_split(name, rows) for name, rows in evaluated.items()}
+    cross_fit = None
+    if data_args.selection == "expected_f1":
+        cross_fit = calibrate(model, results["validation"][1], training_args.seed)
+        processor.selection = {"rule": "expected_f1"}
+
     # Results.
-    metrics = {name: trainer.evaluate_split(name, rows) for name, rows in evaluated.items()}
+    metrics = {
+        name: add_stored_rule(figures, prediction, model.config, processor.selection)
+        for name, (figures, prediction) in results.items()
+    }
+    if cross_fit is not None:
+        metrics["validation"] |= cross_fit.errors()
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         output_dir = Path(training_args.output_dir)
         write_training_curves(trainer.state.log_history, output_dir / "training_curves.png")
+        if cross_fit is not None:
+            write_reliability_diagram(cross_fit, output_dir / "calibration.png")
         write_metrics(output_dir / "metrics.json", metrics)
         print(format_metrics(metrics))
         repo_id = trainer.hub_model_id or output_dir.name

@@ -112,6 +112,13 @@ class DataArguments(RowArguments):
     tag_add_ratio: float = _option(0.5, "beta: at most this ratio of the unimportant tags is added at random.")
     tag_drop_ratio: float = _option(0.5, "beta-hat: at most this ratio of the unimportant tags is dropped.")
 
+    selection: Literal["threshold", "expected_f1"] = _option(
+        "threshold",
+        "How the trained model chooses tags. threshold: the paper's rule, a raw score of at least 0.5. expected_f1: "
+        "after training, scores are calibrated on the validation split, and the tags with the highest expected F1 are "
+        "chosen. The best epoch is that of the highest F1 at 0.5 in either case.",
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if self.tag_add_ratio < 0:
@@ -155,6 +162,9 @@ class MagnetoTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = _option("f1", "What the best epoch is best in, on validation.")
     greater_is_better: bool | None = _option(True, "Whether more of that is better.")
     hub_strategy: str = _option("end", "When to push, with --push_to_hub; at the end the folder is complete.")
+    include_for_metrics: list[str] = field(
+        default_factory=lambda: ["inputs"], metadata={"help": "Calibration needs to know the tags."}
+    )
     report_to: None | str | list[str] = _option("tensorboard", "Where the training curves go.")
     remove_unused_columns: bool = _option(False, "Our collator needs all columns.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -15,11 +16,13 @@ from transformers import EvalPrediction
 
 from modeling_magneto import MagnetoConfig
 from modeling_magneto.loss_magneto import IGNORED_LABEL, OBJECTIVES
-from modeling_magneto.selection_magneto import select
+from modeling_magneto.modeling_magneto import MagnetoCalibration
+from modeling_magneto.selection_magneto import PAPER_RULE, SelectionRule, select
 
 from .arguments import UsageError, UserError, user_errors_in_one_line
 
 THRESHOLD = 0.5
+NUM_BINS = 15  # of the calibration error
 
 
 @cache
@@ -65,17 +68,77 @@ def compute_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[s
         prediction: The arrays of `output_names(config)`, each (images, L), and labels (images, L), padded with -100.
         config: The model's.
     """
-    names = output_names(config)
-    arrays = dict(zip(names, prediction.predictions, strict=True))
+    arrays = dict(zip(output_names(config), prediction.predictions, strict=True))
     labels = prediction.label_ids
-    selected = {name: list(_select(arrays[name], labels)) for name in names if name.endswith("logits")}
-    results = evaluate_selection(selected, list(labels.astype(np.int8)))
+    results = _evaluate_rule(arrays, labels, PAPER_RULE)
     if config.streams == "both":
         objective = OBJECTIVES[config.objective]
         for loss, name in (("final_loss", "logits"), ("tag_loss", "tag_logits"), ("image_loss", "image_logits")):
             results[loss] = objective(torch.from_numpy(arrays[name]), torch.from_numpy(labels)).item()
         results["mean_gate"] = float(arrays["gate"][labels != IGNORED_LABEL].mean())
     return results
+
+
+def add_stored_rule(
+    metrics: dict[str, float], prediction: EvalPrediction, config: MagnetoConfig, selection: dict[str, Any]
+) -> dict[str, float]:
+    """The metrics of the rule that is stored with a model, beside those of the paper's rule.
+
+    Args:
+        metrics: What `compute_metrics` made of the split.
+        prediction: The same arrays: raw logits, and as inputs the indices of the tags (images, L), padded with -100.
+        config: The model's, of which the calibration is in force.
+        selection: The fields of the stored rule, without thresholds of single tags.
+
+    Returns:
+        `metrics`, in which everything that depends on the rule is the stored rule's on calibrated scores. The paper's
+        rule on raw scores is kept as `precision_at_half`, `recall_at_half` and `f1_at_half`. Besides, in percent, the
+        `expected_calibration_error` and, where there is a calibration, `expected_calibration_error_before` it.
+    """
+    raw = dict(zip(output_names(config), prediction.predictions, strict=True))
+    labels, tags = prediction.label_ids, torch.from_numpy(token_ids(prediction, config))
+    calibrated = dict(raw)
+    for name, fields in (config.calibration or {}).items():
+        scaling = MagnetoCalibration(config.vocab_size, **fields)
+        calibrated[name] = scaling(torch.from_numpy(raw[name]), tags).numpy()
+    results = {
+        **metrics,
+        **_evaluate_rule(calibrated, labels, SelectionRule.from_dict(selection)),
+        **{f"{name}_at_half": metrics[name] for name in ("precision", "recall", "f1")},
+        "expected_calibration_error": expected_calibration_error(calibrated["logits"], labels),
+    }
+    if config.calibration is not None:
+        results["expected_calibration_error_before"] = expected_calibration_error(raw["logits"], labels)
+    return results
+
+
+def token_ids(prediction: EvalPrediction, config: MagnetoConfig) -> np.ndarray:
+    """The indices of the tags (images, L), with `[PAD]` where labels are padded."""
+    return np.where(prediction.label_ids == IGNORED_LABEL, config.pad_token_id, prediction.inputs)
+
+
+def reliability(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How scores and truth go together, in `NUM_BINS` bins of equal width over [0, 1].
+
+    Args:
+        logits: (images, L).
+        labels: (images, L) of 1, 0, -100.
+
+    Returns:
+        For each bin the number of tags, their mean score, and the share of important ones; nan where there is no tag.
+    """
+    real = labels != IGNORED_LABEL
+    scores, important = _sigmoid(logits[real]).astype(np.float64), labels[real] == 1
+    bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
+    counts, sums, hits = (np.bincount(bins, weights, NUM_BINS) for weights in (np.ones(len(bins)), scores, important))
+    with np.errstate(invalid="ignore"):
+        return counts, sums / counts, hits / counts
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The mean distance of score and truth over the bins of `reliability`, weighted by their tags, in percent."""
+    counts, scores, important = reliability(logits, labels)
+    return 100 * float(np.nansum(counts * np.abs(scores - important)) / counts.sum())
 
 
 def compute_detection_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[str, float]:
@@ -112,6 +175,10 @@ def format_metrics(metrics: dict[str, dict[str, float]]) -> str:
             rows.append(("  keep all", "", *keep_all))
         keep_all = _percentages(figures, "keep_all_")
         rows.append((name, f"{figures['num_images']}", *_percentages(figures, "")))
+        if "f1_at_half" in figures:
+            at_half = [f"{figures[f'{figure}_at_half']:.2f}" for figure in ("precision", "recall", "f1")]
+            if at_half != _percentages(figures, "")[:3]:  # another rule is in force
+                rows.append(("  raw scores at 0.5", "", *at_half, ""))
         if "tag_f1" in figures and "image_f1" in figures:
             rows += [
                 (f"  {stream} stream", "", "", "", f"{figures[f'{stream}_f1']:.2f}", "") for stream in ("tag", "image")
@@ -164,10 +231,15 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _select(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """What the paper's rule selects, 0/1 (images, L)."""
-    scores, mask = torch.from_numpy(_sigmoid(logits)), torch.from_numpy(labels != IGNORED_LABEL)
-    return select(scores, mask).numpy().astype(np.int8)
+def _evaluate_rule(outputs: dict[str, np.ndarray], labels: np.ndarray, rule: SelectionRule) -> dict[str, float]:
+    """`evaluate_selection` of what a rule selects by each of the logits (images, L)."""
+    mask = torch.from_numpy(labels != IGNORED_LABEL)
+    selected = {
+        name: list(select(torch.from_numpy(_sigmoid(logits)), mask, rule).numpy().astype(np.int8))
+        for name, logits in outputs.items()
+        if name.endswith("logits")
+    }
+    return evaluate_selection(selected, list(labels.astype(np.int8)))
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:

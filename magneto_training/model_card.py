@@ -35,6 +35,11 @@ TRAINING_FIELDS = (
     "num_train_epochs",
     "seed",
 )
+# train.py stores one of these two rules.
+RULE_SENTENCES = {
+    "threshold": "Tags with a score of at least 0.5 are chosen.",
+    "expected_f1": "The tags with the highest expected F1 of an image are chosen.",
+}
 
 
 def write_model_card(
@@ -100,6 +105,8 @@ def write_model_card(
         dataset_name=dataset_name,
         example_tags=vocabulary[:4],
         use_images=processor.use_images,
+        rule=RULE_SENTENCES[processor.selection["rule"]],
+        calibration=config.calibration is not None,
         num_tags=len(vocabulary),
         metrics=metrics,
         training_curves=(output_dir / "training_curves.png").exists(),

@@ -98,9 +98,21 @@ class MagnetoTrainer(Trainer):
 
     def evaluate_split(self, name: str, dataset) -> dict[str, float]:
         """Metrics of a split, without prefix and timings."""
+        return self.predict_split(name, dataset)[0]
+
+    def predict_split(self, name: str, dataset) -> tuple[dict[str, float], EvalPrediction]:
+        """As `evaluate_split`, and the arrays behind it: outputs, labels, and as inputs the indices of the tags."""
+        compute_metrics, predictions = self.compute_metrics, []
+
+        def keep_and_compute(prediction: EvalPrediction) -> dict[str, float]:
+            predictions.append(prediction)
+            return compute_metrics(prediction)
+
+        self.compute_metrics = keep_and_compute
         metrics = self.evaluate(dataset, metric_key_prefix=name)
+        self.compute_metrics = compute_metrics
         metrics = {key.removeprefix(f"{name}_"): value for key, value in metrics.items() if key.startswith(f"{name}_")}
-        return {key: value for key, value in metrics.items() if key not in TIMINGS}
+        return {key: value for key, value in metrics.items() if key not in TIMINGS}, predictions[0]
 
 
 def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:

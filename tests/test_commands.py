@@ -99,6 +99,37 @@ def test_each_epoch_logs_losses_of_all_outputs_and_the_gate(trained_dir):
         assert {"eval_tag_f1", "eval_image_f1", "eval_tag_loss", "eval_mean_gate"} <= set(entry)
 
 
+def test_calibrated_scores_and_the_rule_travel_with_the_model(config_file, dataset_dir, tmp_path):
+    folders = {"one": tmp_path / "one", "two": tmp_path / "two"}
+    arguments = [config_file, "--selection", "expected_f1", "--num_train_epochs", 1]
+    printed = run_well(ONE_PROCESS, "train.py", *arguments, "--output_dir", folders["one"])
+    run_well(TWO_PROCESSES, "train.py", *arguments, "--output_dir", folders["two"])
+
+    assert "(calibration.png)" in (folders["one"] / "README.md").read_text()
+    for folder in folders.values():
+        metrics = json.loads((folder / "metrics.json").read_text())
+        for figures in metrics.values():
+            assert {"f1_at_half", "precision_at_half", "recall_at_half"} <= set(figures)
+            assert {"expected_calibration_error", "expected_calibration_error_before"} <= set(figures)
+        assert (folder / "calibration.png").stat().st_size > 1000
+        config = json.loads((folder / "config.json").read_text())
+        assert set(config["calibration"]) == {"logits", "tag_logits", "image_logits"}
+        assert AutoProcessor.from_pretrained(folder).selection == {"rule": "expected_f1"}
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        (at_half,) = [entry["eval_f1"] for entry in history if "eval_f1" in entry]
+        assert metrics["validation"]["f1_at_half"] == pytest.approx(at_half)
+
+    output_file = tmp_path / "out.parquet"
+    arguments = ["--model_name_or_path", folders["one"], "--dataset_name", dataset_dir, "--output_file", output_file]
+    run_well(ONE_PROCESS, "predict.py", *arguments, "--report_images", 0)
+    metrics = json.loads((folders["one"] / "metrics.json").read_text())["test"]
+    predicted = json.loads(output_file.with_suffix(".metrics.json").read_text())
+    for name in ("precision", "recall", "f1", "tag_f1", "image_f1", "reducible_f1"):
+        assert predicted[name] == pytest.approx(metrics[name]), name
+    assert all(row["selected_tags"] for row in pq.read_table(output_file).to_pylist())
+    assert f"{metrics['f1']:.2f}" in printed
+
+
 def test_a_killed_run_resumes_in_the_middle_of_an_epoch_to_the_same_metrics(config_file, tmp_path):
     # 6 steps an epoch: the checkpoint after step 4 lies inside the first.
     arguments = [config_file, "--save_strategy", "steps", "--save_steps", 4, "--eval_strategy", "steps"]

@@ -196,6 +196,24 @@ def test_the_table_shows_keep_all_beside_every_f1():
     ]
 
 
+AT_HALF = {"precision_at_half": 91.1, "recall_at_half": 72.2, "f1_at_half": 80.0}
+
+
+def test_the_table_shows_the_papers_rule_where_another_is_in_force():
+    rows = table_rows(format_metrics({"validation": {**FIGURES, **AT_HALF}}))
+
+    assert rows[1:3] == [
+        ["validation", "7", "81.10", "82.20", "83.30", "73.30"],
+        ["raw scores at 0.5", "91.10", "72.20", "80.00"],
+    ]
+
+
+def test_the_table_shows_the_papers_rule_once_where_it_is_in_force():
+    same = {f"{name}_at_half": FIGURES[name] for name in ("precision", "recall", "f1")}
+
+    assert [row[0] for row in table_rows(format_metrics({"test": {**FIGURES, **same}}))[1:]] == ["test", "keep all"]
+
+
 def test_models_on_the_same_split_share_one_keep_all_row():
     rows = table_rows(format_metrics({"one": FIGURES, "two": {**FIGURES, "f1": 90.0}}))
 

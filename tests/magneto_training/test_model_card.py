@@ -18,9 +18,12 @@ FIGURES = {
 
 @pytest.fixture
 def make_card(tmp_path):
-    def make(metrics=None, config=None, dataset_name="someone/photos", use_images=True, **training) -> ModelCard:
+    def make(
+        metrics=None, config=None, dataset_name="someone/photos", use_images=True, selection=None, **training
+    ) -> ModelCard:
         folder = tmp_path / "my-model"
         processor = MagnetoProcessor.from_vocabulary(["sea", "it's", 'a "b"', "sun", "wood"], use_images=use_images)
+        processor.selection = selection or processor.selection
         folder.mkdir(exist_ok=True)
         write_model_card(
             folder,
@@ -107,6 +110,29 @@ def test_the_code_in_the_card_is_python(make_card, use_images):
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "README.md", "exec")
     assert '"someone/my-model"' in code and ("photo.jpg" in code) == use_images
+
+
+CALIBRATED = {
+    **{"precision_at_half": 83.1, "recall_at_half": 84.1, "f1_at_half": 82.1},
+    **{"expected_calibration_error": 1.234, "expected_calibration_error_before": 5.678},
+}
+
+
+def test_a_calibrated_model_says_how_it_chooses_and_how_far_to_trust_its_scores(make_card):
+    config = MagnetoConfig(calibration={"logits": {"temperature": 2.0, "bias": 0.0}})
+
+    text = make_card({"validation": {**FIGURES, **CALIBRATED}}, config, selection={"rule": "expected_f1"}).text
+
+    assert "The tags with the highest expected F1 of an image are chosen." in text
+    assert "| | | MAGNeto, raw scores at 0.5 | 83.1 | 84.1 | 82.1 | |" in text
+    assert "| validation | 5.7 | 1.2 |" in text and "(calibration.png)" in text
+
+
+def test_an_uncalibrated_model_shows_the_papers_rule_alone(make_card):
+    text = make_card({"validation": {**FIGURES, **CALIBRATED}}).text
+
+    assert "Tags with a score of at least 0.5 are chosen." in text
+    assert "raw scores" not in text and "calibrat" not in text
 
 
 def test_the_card_has_no_gaps(make_card):

@@ -152,6 +152,22 @@ def test_a_short_training_improves_logs_and_saves_the_best_epoch(make_trainer):
     assert (folder / "model.safetensors").is_file() and (folder / "processor_config.json").is_file()
 
 
+def test_a_splits_predictions_come_with_the_tags_in_the_order_of_the_rows(make_trainer):
+    trainer = make_trainer(per_device_eval_batch_size=5)
+
+    metrics, prediction = trainer.predict_split("validation", trainer.eval_dataset)
+
+    assert metrics == trainer.evaluate_split("validation", trainer.eval_dataset)
+    batch = TagCollator(trainer.processing_class)([trainer.eval_dataset[index] for index in range(16)])
+    real = prediction.label_ids != -100
+    assert np.array_equal(prediction.label_ids, batch["labels"].numpy())
+    assert np.array_equal(prediction.inputs[real], batch["input_ids"].numpy()[real])
+    trainer.model.eval()
+    with torch.no_grad():
+        outputs = trainer.model(**batch)
+    assert np.allclose(prediction.predictions[0][real], outputs.logits.numpy()[real], atol=1e-4)
+
+
 def test_early_stopping(make_trainer):
     trainer = make_trainer({"streams": "tag"}, num_train_epochs=20, early_stopping_patience=1, learning_rate=0.0)
 
