@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedConfig
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_magneto import MagnetoConfig, MagnetoPreTrainedModel, MagnetoProcessor
+from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoPreTrainedModel, MagnetoProcessor
 
 from .arguments import MagnetoTrainingArguments, UserError
 
 LOGGED_LOSSES = ("final_loss", "tag_loss", "image_loss")
+HUB_FILES = Path(__file__).parent.parent / "hub"
 # Trainer's own bookkeeping, of no interest beside a split's metrics.
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
 
@@ -92,6 +94,8 @@ class MagnetoTrainer(Trainer):
         super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:  # a pickle, and nothing reads it
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if isinstance(self.model, MagnetoForTagSummarization):
+                copy_endpoint(Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, **kwargs):
         """Nothing: train.py writes the card from the run's own figures, and pushing must not replace it."""
@@ -113,6 +117,12 @@ class MagnetoTrainer(Trainer):
         self.compute_metrics = compute_metrics
         metrics = {key.removeprefix(f"{name}_"): value for key, value in metrics.items() if key.startswith(f"{name}_")}
         return {key: value for key, value in metrics.items() if key not in TIMINGS}, predictions[0]
+
+
+def copy_endpoint(output_dir: Path) -> None:
+    """Put beside a model what an Inference Endpoint runs and what it installs for that."""
+    for name in ("handler.py", "requirements.txt"):
+        shutil.copyfile(HUB_FILES / name, output_dir / name)
 
 
 def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:

@@ -1,0 +1,133 @@
+"""A server for one model, as Hugging Face's Inference Endpoints run it.
+
+python -m magneto_training.serve MODEL_DIR [--host 127.0.0.1] [--port 8000]
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from PIL import Image
+from starlette.exceptions import HTTPException
+
+from .arguments import UserError, user_errors_in_one_line
+
+MAX_BODY_BYTES = 32 * 2**20  # the handler's largest photograph as base64 text, and room for the rest
+
+logger = logging.getLogger(__name__)
+
+
+def load_handler(model_dir: str) -> Callable[[dict], list[dict]]:
+    """The handler that lies beside a model, loaded as the endpoints load it.
+
+    Raises:
+        UserError: There is none, or the model cannot be loaded.
+    """
+    file = Path(model_dir) / "handler.py"
+    if not file.is_file():
+        raise UserError(f"{model_dir!r} holds no handler.py, expected a folder that train.py has written")
+    spec = importlib.util.spec_from_file_location("handler", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["handler"] = module
+    spec.loader.exec_module(module)
+    try:
+        return module.EndpointHandler(str(model_dir))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the model {model_dir!r} cannot be loaded: {error}") from error
+
+
+def create_app(handler: Callable[[dict], list[dict]]) -> FastAPI:
+    """The routes: `POST /` for requests, `GET /health`.
+
+    A body is JSON, `{"inputs": base64, "parameters": {...}}`, or an image with the parameters in the query string.
+    An error is `{"error": reason}` with status 400 (a bad request), 413 (a body that is too large), 415 (neither JSON
+    nor an image) or 500 (our own mistake).
+
+    Args:
+        handler: Called from several threads at a time; raises `ValueError` for a bad request.
+    """
+    app = FastAPI(title="MAGNeto")
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/")
+    async def answer(request: Request) -> JSONResponse:
+        content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        body = await _read_body(request)
+        return await run_in_threadpool(_answer, handler, content_type, body, request.query_params)
+
+    @app.exception_handler(HTTPException)
+    def refuse(_: Request, error: HTTPException) -> JSONResponse:
+        return _error(error.status_code, error.detail)
+
+    return app
+
+
+async def _read_body(request: Request) -> bytes:
+    reason = f"the body is too large, expected at most {MAX_BODY_BYTES} bytes"
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > MAX_BODY_BYTES:
+        raise HTTPException(413, reason)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413, reason)
+    return bytes(body)
+
+
+def _answer(handler: Callable, content_type: str, body: bytes, query: Mapping[str, str]) -> JSONResponse:
+    """In a thread of the pool."""
+    try:
+        return JSONResponse(handler(_read_request(content_type, body, query)))
+    except ValueError as error:
+        return _error(400, str(error))
+    except HTTPException as error:
+        return _error(error.status_code, error.detail)
+    except Exception:
+        logger.exception("a request has failed")
+        return _error(500, "the server has failed at this request")
+
+
+def _read_request(content_type: str, body: bytes, query: Mapping[str, str]) -> Any:
+    if content_type.startswith("image/"):
+        try:
+            return {"inputs": Image.open(BytesIO(body)), "parameters": dict(query)}
+        except Exception:  # each of Pillow's formats fails in its own way
+            raise ValueError(f"the body is no photograph, although its type is {content_type}") from None
+    if content_type != "application/json":
+        raise HTTPException(415, f"the body is {content_type}, expected application/json or an image")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise ValueError("the body is no JSON") from None
+
+
+def _error(status: int, reason: str) -> JSONResponse:
+    return JSONResponse({"error": reason}, status)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="serve", description="Serve a trained model.")
+    parser.add_argument("model_dir", help="A folder that train.py has written.")
+    parser.add_argument("--host", default="127.0.0.1", help="The address to listen at (default: this machine only).")
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args()
+    uvicorn.run(create_app(load_handler(args.model_dir)), host=args.host, port=args.port)
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_line("serve"):
+        main()

@@ -1,0 +1,233 @@
+import http.client
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+
+import pytest
+import uvicorn
+from small_endpoint import as_base64, as_bytes, bomb, photograph, save_model
+
+from magneto_training.arguments import UserError
+from magneto_training.serve import MAX_BODY_BYTES, create_app, load_handler
+
+LABELS = ["red", "blue", "green"]
+GOOD = json.dumps({"inputs": as_base64(photograph()), "parameters": {"candidate_labels": LABELS}}).encode()
+
+
+def serve(app):
+    """Runs the app in a thread; yields its port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def handler(tmp_path_factory):
+    return load_handler(str(save_model(tmp_path_factory.mktemp("endpoint") / "model")))
+
+
+@pytest.fixture(scope="module")
+def port(handler):
+    yield from serve(create_app(handler))
+
+
+def post(port: int, body: bytes, content_type: str | None = "application/json", query: str = "") -> tuple[int, object]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    connection.request("POST", f"/{query}", body, headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def run_elsewhere(arguments: list[str], **environment) -> subprocess.CompletedProcess:
+    environment = os.environ | {"NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0", **environment}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+
+
+# --------------------------------------------------------------------------------------------------------- the clients
+
+
+def test_the_hubs_own_client_is_served(port, handler, tmp_path):
+    (tmp_path / "photo.png").write_bytes(as_bytes(photograph()))
+    script = """
+import json, sys
+from huggingface_hub import InferenceClient
+client = InferenceClient(model=sys.argv[1])
+found = client.zero_shot_image_classification(sys.argv[2], candidate_labels=["red", "blue", "green"])
+print(json.dumps([[element.label, element.score] for element in found]))
+try:
+    client.zero_shot_image_classification(sys.argv[2], candidate_labels=["red", " "])
+except Exception as error:
+    print(error.response.status_code, error.response.json()["error"])
+"""
+
+    finished = run_elsewhere(
+        [sys.executable, "-c", script, f"http://127.0.0.1:{port}", str(tmp_path / "photo.png")],
+        HF_HOME=str(tmp_path / "home"),
+    )
+
+    assert finished.returncode == 0, finished.stderr
+    answer, refusal = finished.stdout.splitlines()
+    expected = handler({"inputs": photograph(), "parameters": {"candidate_labels": LABELS}})
+    assert [label for label, _ in json.loads(answer)] == [item["label"] for item in expected]
+    assert [score for _, score in json.loads(answer)] == pytest.approx([item["score"] for item in expected], abs=1e-5)
+    assert refusal == "400 candidate_labels: found an empty tag, expected text"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_curl_is_served_with_json_and_with_a_photograph_itself(port, tmp_path):
+    (tmp_path / "request.json").write_bytes(GOOD)
+    (tmp_path / "photo.jpg").write_bytes(as_bytes(photograph(), "JPEG"))
+    address = f"http://127.0.0.1:{port}/"
+    query = urllib.parse.urlencode({"candidate_labels": "red,blue,green", "top_k": 1})
+
+    from_json = run_elsewhere(
+        ["curl", "-s", address, "-H", "Content-Type: application/json", "-d", f"@{tmp_path / 'request.json'}"]
+    )
+    from_jpeg = run_elsewhere(
+        [
+            *["curl", "-s", f"{address}?{query}", "-H", "Content-Type: image/jpeg"],
+            *["--data-binary", f"@{tmp_path / 'photo.jpg'}"],
+        ]
+    )
+
+    assert {item["label"] for item in json.loads(from_json.stdout)} == set(LABELS)
+    assert [item["selected"] for item in json.loads(from_jpeg.stdout)] == [True, False, False]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_a_body_of_100_megabytes_is_refused(port, tmp_path):
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(100_000_000)
+    command = ["curl", "-s", "-w", "%{http_code}", "-H", "Content-Type: application/json"]
+
+    for header in ("Expect: 100-continue", "Transfer-Encoding: chunked"):
+        finished = run_elsewhere(
+            [*command, "-H", header, "--data-binary", f"@{tmp_path / 'large'}", f"http://127.0.0.1:{port}/"]
+        )
+        assert finished.stdout == f'{{"error":"the body is too large, expected at most {MAX_BODY_BYTES} bytes"}}413'
+        assert post(port, GOOD)[0] == 200
+
+
+# -------------------------------------------------------------------------------------------------------- bad requests
+
+
+def as_request(inputs: object = None, **parameters) -> bytes:
+    return json.dumps({"inputs": inputs or as_base64(photograph()), "parameters": parameters}).encode()
+
+
+BAD_REQUESTS = {
+    "no JSON": (b"{", "application/json", "", 400, "the body is no JSON"),
+    "deep JSON": (b"[" * 200_000, "application/json", "", 400, "the body is no JSON"),
+    "no text": (b"\xff\xfe", "application/json", "", 400, "the body is no JSON"),
+    "empty": (b"", "application/json", "", 400, "the body is no JSON"),
+    "a list": (b"[1]", "application/json", "", 400, "the request is a list"),
+    "no labels": (as_request(), "application/json", "", 400, "candidate_labels"),
+    "10,000 labels": (as_request(candidate_labels=["a"] * 10_000), "application/json", "", 400, "at most 500"),
+    "no photograph": (
+        as_request("bm90aGluZw==", candidate_labels=["a"]),
+        "application/json",
+        "",
+        400,
+        "no photograph",
+    ),
+    "private address": (
+        as_request("http://169.254.169.254/", candidate_labels=["a"]),
+        "application/json",
+        "",
+        400,
+        "nothing is fetched",
+    ),
+    "a form": (b"a=b", "application/x-www-form-urlencoded", "", 415, "expected application/json or an image"),
+    "no image": (b"nothing", "image/jpeg", "?candidate_labels=a", 400, "the body is no photograph"),
+    "image without labels": (as_bytes(photograph()), "image/png", "", 400, "candidate_labels"),
+    "bomb": (bomb(), "image/png", "?candidate_labels=a", 400, "10000 x 10000 pixels"),
+    "cut short": (as_bytes(photograph())[:9000], "image/png", "?candidate_labels=a", 400, "cannot be decoded"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Image size")  # Pillow's own word on the bomb
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_has_a_reason_and_leaves_the_server_serving(port, name):
+    body, content_type, query, expected_status, reason = BAD_REQUESTS[name]
+
+    status, answer = post(port, body, content_type, query)
+
+    assert status == expected_status
+    assert set(answer) == {"error"} and reason in answer["error"] and "\n" not in answer["error"]
+    assert post(port, GOOD)[0] == 200
+
+
+def test_a_body_is_taken_for_json_where_nothing_is_said(port):
+    status, answer = post(port, GOOD, content_type=None)
+
+    assert status == 200 and len(answer) == 3
+
+
+def test_health_and_wrong_addresses(port):
+    found = {}
+    for method, path in (("GET", "/health"), ("GET", "/nowhere"), ("PUT", "/")):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request(method, path)
+        response = connection.getresponse()
+        found[method, path] = response.status, json.loads(response.read())
+
+    assert found["GET", "/health"] == (200, {"status": "ok"})
+    assert found["GET", "/nowhere"] == (404, {"error": "Not Found"})
+    assert found["PUT", "/"] == (405, {"error": "Method Not Allowed"})
+
+
+def test_our_own_failure_is_500_without_details():
+    def fails(data):
+        raise RuntimeError("secret")
+
+    for port in serve(create_app(fails)):
+        assert post(port, GOOD) == (500, {"error": "the server has failed at this request"})
+
+
+def test_many_clients_are_served_at_a_time(port):
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(post(port, GOOD))) for _ in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+
+    assert [status for status, _ in answers] == [200] * 24
+    scores = [[item["score"] for item in answer] for _, answer in answers]
+    assert all(found == pytest.approx(scores[0], abs=1e-5) for found in scores)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def test_a_folder_without_a_handler_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no handler.py"):
+        load_handler(str(tmp_path))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    save_model(tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_handler(str(tmp_path / "model"))
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
+    finished = run_elsewhere([sys.executable, "-m", "magneto_training.serve", str(tmp_path)], HF_HUB_OFFLINE="1")
+
+    assert finished.returncode == 1
+    assert len(finished.stderr.splitlines()) == 1
+    assert finished.stderr.startswith("serve: error: ") and "handler.py" in finished.stderr
