@@ -152,7 +152,6 @@ def test_a_short_training_improves_logs_and_saves_the_best_epoch(make_trainer):
     assert (folder / "model.safetensors").is_file() and (folder / "processor_config.json").is_file()
 
 
-<<<<<<< Updated upstream
 def test_a_splits_predictions_come_with_the_tags_in_the_order_of_the_rows(make_trainer):
     trainer = make_trainer(per_device_eval_batch_size=5)
 
@@ -167,7 +166,8 @@ def test_a_splits_predictions_come_with_the_tags_in_the_order_of_the_rows(make_t
     with torch.no_grad():
         outputs = trainer.model(**batch)
     assert np.allclose(prediction.predictions[0][real], outputs.logits.numpy()[real], atol=1e-4)
-=======
+
+
 @pytest.mark.parametrize("model_class", [MagnetoForTagSummarization, MagnetoForOutlierDetection])
 def test_a_saved_model_brings_its_endpoint_and_a_pretrained_one_has_none(make_trainer, tiny_config, model_class):
     trainer = make_trainer()
@@ -178,7 +178,6 @@ def test_a_saved_model_brings_its_endpoint_and_a_pretrained_one_has_none(make_tr
     names = {path.name for path in Path(trainer.args.output_dir).iterdir()}
     expected = model_class is MagnetoForTagSummarization
     assert [name in names for name in ("handler.py", "requirements.txt")] == [expected] * 2
->>>>>>> Stashed changes
 
 
 def test_early_stopping(make_trainer):
