@@ -88,6 +88,21 @@ def test_a_saved_folder_is_copied_and_needs_no_backbone_weights(tiny_config, pre
     assert f"{tmp_path}: copied" in capsys.readouterr().out
 
 
+def test_a_calibrated_source_gives_an_uncalibrated_model(tiny_config, processor, tmp_path):
+    source = MagnetoForTagSummarization(tiny_config)
+    source.set_calibration({"logits": {"temperature": 2.0, "bias": 1.0}})
+    processor.selection = {"rule": "expected_f1"}
+    for part in (source, processor):
+        part.save_pretrained(tmp_path)
+    model, new_processor = new_model(tiny_config, ["blue", "green", "red", "yellow"])
+
+    initialize_model(model, new_processor, ModelArguments(init_from=str(tmp_path)), seed=0)
+
+    assert torch.equal(model.magneto.tag_embedder.weight, source.magneto.tag_embedder.weight)
+    assert model.config.calibration is None and model.calibration is None
+    assert new_processor.selection == {"rule": "threshold", "threshold": 0.5}
+
+
 def test_a_missing_folder_is_named(tiny_config, tmp_path):
     model, processor = new_model(tiny_config, ["red"])
     with pytest.raises(UserError, match="nowhere"):
