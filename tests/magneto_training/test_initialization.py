@@ -89,12 +89,12 @@ def test_a_saved_folder_is_copied_and_needs_no_backbone_weights(tiny_config, pre
 
 
 def test_a_calibrated_source_gives_an_uncalibrated_model(tiny_config, processor, tmp_path):
+    model, new_processor = new_model(tiny_config, ["blue", "green", "red", "yellow"])
     source = MagnetoForTagSummarization(tiny_config)
     source.set_calibration({"logits": {"temperature": 2.0, "bias": 1.0}})
     processor.selection = {"rule": "expected_f1"}
     for part in (source, processor):
         part.save_pretrained(tmp_path)
-    model, new_processor = new_model(tiny_config, ["blue", "green", "red", "yellow"])
 
     initialize_model(model, new_processor, ModelArguments(init_from=str(tmp_path)), seed=0)
 
