@@ -98,7 +98,9 @@ class Run:
         return (self.output_dir / "metrics.json").is_file()
 
     def metrics(self) -> dict[str, float]:
-        return json.loads((self.output_dir / "metrics.json").read_text(encoding="utf-8"))["validation"]
+        """Of the test split, or of the validation split where there is no other."""
+        splits = json.loads((self.output_dir / "metrics.json").read_text(encoding="utf-8"))
+        return splits.get("test", splits["validation"])
 
     def history(self) -> list[dict[str, float]]:
         return json.loads((self.output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -131,6 +133,7 @@ class Reproduction:
         splits = load_tag_dataset(data_args.dataset_name, data_args.dataset_config_name)
         if data_args.train_split not in splits:
             raise DataError(f"{data_args.dataset_name}: split {data_args.train_split!r} is missing")
+        self.split = data_args.test_split if data_args.test_split in splits else data_args.validation_split
         self.has_images = "image" in splits[data_args.train_split].column_names
         self.is_nus_wide = _is_nus_wide(data_args.dataset_name)
 
@@ -226,7 +229,7 @@ class Reproduction:
         return self.output_dir / "outliers" / f"{run.label}.parquet"
 
     def _test_outliers(self, run: Run) -> Run:
-        """Section 5.1: strange tags are put into the validation split, the same ones for every model."""
+        """Section 5.1: strange tags are put among the images' own, the same ones for every model."""
         output_file = self._outlier_file(run)
         if not output_file.with_suffix(".metrics.json").is_file():
             output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +237,7 @@ class Reproduction:
                 "model_name_or_path": run.output_dir,
                 "dataset_name": self.data_args.dataset_name,
                 "dataset_config_name": self.data_args.dataset_config_name,
-                "split": self.data_args.validation_split,
+                "split": self.split,
                 "output_file": output_file,
                 "inject_outliers": self.args.outlier_ratio,
                 "report_images": 0,
@@ -255,7 +258,7 @@ class Reproduction:
         any_run = self.architecture_runs("FF")[0].metrics()
         results = {
             "dataset": Path(self.data_args.dataset_name).name,
-            "split": self.data_args.validation_split,
+            "split": self.split,
             "num_images": any_run["num_images"],
             "seeds": self.args.seeds,
             "settings": {

@@ -44,7 +44,8 @@ class FakeCommands:
         output_dir.mkdir(parents=True)
         figures = {"precision": f1, "recall": f1, "f1": f1, "reducible_f1": None, "num_images": 5}
         figures |= {f"keep_all_{name}": 70.0 for name in reproduction.METRICS}
-        (output_dir / "metrics.json").write_text(json.dumps({"validation": figures}))
+        metrics = {"validation": figures | {"f1": 99.0}, "test": figures}
+        (output_dir / "metrics.json").write_text(json.dumps(metrics))
         history = [{"epoch": epoch, "eval_f1": f1, "eval_mean_gate": 0.5} for epoch in (1.0, 2.0)]
         (output_dir / "trainer_state.json").write_text(json.dumps({"log_history": history}))
         (output_dir / "checkpoint-1").mkdir()
@@ -147,6 +148,7 @@ def test_results_hold_the_figures_of_the_runs_with_mean_and_deviation(commands, 
         (0.5, True),
     ]
     assert results["keep_all"]["f1"] == 70.0 and "paper" not in results
+    assert results["split"] == "test", "the epoch is chosen on validation, so the figures are not of that"
     for number in (3, 4, 8):
         assert (tmp_path / f"out/figure_{number}.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "out/results.md").read_text()
