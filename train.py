@@ -20,6 +20,7 @@ from magneto_training.feature_cache import build_feature_caches
 from magneto_training.figures import write_training_curves
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
+from magneto_training.publish import choose_widget_rows
 from magneto_training.tag_data import build_vocabulary, load_training_splits
 from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
@@ -93,7 +94,7 @@ def main() -> None:
         repo_id = trainer.hub_model_id or output_dir.name
         write_model_card(output_dir, repo_id, metrics, model.config, processor, model_args, data_args, training_args)
     if training_args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(choose_widget_rows(splits["validation"], data_args.widget_images) if use_images else ())
 
 
 if __name__ == "__main__":

@@ -118,6 +118,9 @@ class DataArguments(RowArguments):
         "after training, scores are calibrated on the validation split, and the tags with the highest expected F1 are "
         "chosen. The best epoch is that of the highest F1 at 0.5 in either case.",
     )
+    widget_images: int = _option(
+        0, "With --push_to_hub, publish this many photographs of the validation split as examples."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,6 +128,8 @@ class DataArguments(RowArguments):
             raise UsageError(f"tag_add_ratio is {self.tag_add_ratio}, expected at least 0")
         if not 0 <= self.tag_drop_ratio <= 1:
             raise UsageError(f"tag_drop_ratio is {self.tag_drop_ratio}, expected a ratio in [0, 1]")
+        if self.widget_images < 0:
+            raise UsageError(f"widget_images is {self.widget_images}, expected at least 0")
 
 
 @dataclass

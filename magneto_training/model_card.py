@@ -1,6 +1,7 @@
 """The model card, README.md of a trained folder, written from the run's own figures."""
 
 import math
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -113,3 +114,13 @@ def write_model_card(
         settings={name: getattr(value, "value", value) for name, value in settings.items()},
     )
     card.save(output_dir / "README.md")
+
+
+def name_model(card: ModelCard, repo_id: str) -> None:
+    """Call the model of a card `repo_id` from now on: in its title, its metadata, and the code that loads it."""
+    old_name, name = card.data.model_name, repo_id.rpartition("/")[2]
+    card.data.model_name = name
+    text = card.text.replace(f"# {old_name}\n", f"# {name}\n", 1)
+    text = re.sub(r'((?:from_pretrained\(|model=)")[^"]+', rf"\g<1>{repo_id}", text)
+    text = re.sub(r"(--init_from )\S+", rf"\g<1>{repo_id}", text)
+    card.content = f"---\n{card.data.to_yaml()}\n---\n{text}"

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoPreTrainedModel, MagnetoProcessor
 
 from .arguments import MagnetoTrainingArguments, UserError
+from .publish import files_to_publish, hub_errors, publish
 
 LOGGED_LOSSES = ("final_loss", "tag_loss", "image_loss")
 HUB_FILES = Path(__file__).parent.parent / "hub"
@@ -97,8 +98,15 @@ class MagnetoTrainer(Trainer):
             if isinstance(self.model, MagnetoForTagSummarization):
                 copy_endpoint(Path(output_dir or self.args.output_dir))
 
-    def create_model_card(self, **kwargs):
-        """Nothing: train.py writes the card from the run's own figures, and pushing must not replace it."""
+    def init_hf_repo(self, token=None, private=None):
+        with hub_errors(self.args.hub_model_id or self.args.output_dir):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(self, widget_rows=()):
+        """Publish the complete folder as `python -m magneto_training.publish` does, with `widget_rows` as examples."""
+        if self.is_world_process_zero():
+            files = files_to_publish(Path(self.args.output_dir), self.hub_model_id, widget_rows)
+            publish(files, self.hub_model_id, self.args.hub_private_repo, self.args.hub_token, self.args.hub_revision)
 
     def evaluate_split(self, name: str, dataset) -> dict[str, float]:
         """Metrics of a split, without prefix and timings."""

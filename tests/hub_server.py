@@ -38,6 +38,7 @@ class HubServer:
         self._blobs: dict[str, bytes] = {}
         # (kind, id) -> commits, oldest first; a commit is (its sha, {path: content}).
         self._repositories: dict[tuple[str, str], list[tuple[str, dict[str, bytes]]]] = {}
+        self._private: set[tuple[str, str]] = set()
 
     def __enter__(self) -> "HubServer":
         handler = type("Handler", (HubRequestHandler,), {"hub": self})
@@ -85,13 +86,19 @@ class HubServer:
         """How many commits a repository has had since it was made."""
         return len(self._repositories[kind, repo_id]) - 1
 
+    def is_private(self, repo_id: str, kind: str = "model") -> bool:
+        """Whether a repository was made to be private."""
+        return (kind, repo_id) in self._private
+
     # What follows is for the request handler.
 
-    def create(self, kind: str, repo_id: str) -> bool:
+    def create(self, kind: str, repo_id: str, private: bool = False) -> bool:
         """Makes an empty repository; False if there is one."""
         with self._lock:
             if (kind, repo_id) in self._repositories:
                 return False
+            if private:
+                self._private.add((kind, repo_id))
             self._repositories[kind, repo_id] = [(_sha1(repo_id.encode()), {})]
             return True
 
@@ -231,7 +238,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         repo_id = f"{request.get('organization') or USER}/{request['name']}"
         prefix = "" if kind == "model" else f"{kind}s/"
         answer = {"url": f"{self.hub.endpoint}/{prefix}{repo_id}", "name": repo_id, "id": repo_id}
-        if self.hub.create(kind, repo_id):
+        private = bool(request.get("private")) or request.get("visibility") == "private"
+        if self.hub.create(kind, repo_id, private):
             self._json(answer)
         else:
             self._json(answer | {"error": "You already created this repository"}, 409)
@@ -293,7 +301,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
                     "id": repo_id,
                     "modelId": repo_id,
                     "sha": sha,
-                    "private": False,
+                    "private": self.hub.is_private(repo_id, KINDS[kinds]),
                     "gated": False,
                     "disabled": False,
                     "tags": [],

@@ -190,9 +190,11 @@ def test_a_model_is_pushed_and_loaded_by_its_id(config_file, tmp_path):
     with HubServer() as hub:
         environment = os.environ | hub.environment(tmp_path / "home")
         arguments = ["--num_train_epochs", 1, "--push_to_hub", "true", "--hub_model_id", "user/tiny"]
+        arguments += ["--hub_private_repo", "true", "--widget_images", 2]
         done = run(ONE_PROCESS, "train.py", config_file, *arguments, "--output_dir", output_dir, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         published = hub.files("user/tiny", "model")
+        assert hub.commits("user/tiny") == 1 and hub.is_private("user/tiny")
 
         code = "import sys; from transformers import AutoModel, AutoProcessor\n"
         code += "model = AutoModel.from_pretrained('user/tiny', trust_remote_code=True)\n"
@@ -203,10 +205,12 @@ def test_a_model_is_pushed_and_loaded_by_its_id(config_file, tmp_path):
         )
         assert loaded.returncode == 0, loaded.stderr[-3000:]
 
-    for name in ("model.safetensors", "README.md", "metrics.json", "modeling_magneto.py", "processor_config.json"):
+    for name in ("model.safetensors", "metrics.json", "modeling_magneto.py", "processor_config.json", "handler.py"):
         assert published[name] == (output_dir / name).read_bytes(), name
-    assert 'from_pretrained("user/tiny"' in published["README.md"].decode()
-    assert not [name for name in published if name.endswith((".bin", ".pt", ".pth"))]
+    card = published["README.md"].decode()
+    assert 'from_pretrained("user/tiny"' in card and "src: widget/example_2.jpg" in card
+    assert [name for name in published if "/" in name] == ["widget/example_1.jpg", "widget/example_2.jpg"]
+    assert "trainer_state.json" not in published
     weights, same = (load_file(folder / "model.safetensors") for folder in (output_dir, tmp_path / "loaded"))
     assert weights.keys() == same.keys() and all(torch.equal(weights[name], same[name]) for name in weights)
 
@@ -266,6 +270,8 @@ def test_the_outlier_test_counts_images_that_keep_a_strange_tag(trained_dir, dat
         (["--backbone_weights", "pretrained"], 1, "--backbone_weights none"),
         (["--dataset_name", "missing_folder"], 1, "missing_folder"),
         (["--train_split", "training"], 1, "'training'"),
+        (["--widget_images", "-1"], 2, "widget_images"),
+        (["--push_to_hub", "true"], 1, "hf auth login"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else None,
 )
