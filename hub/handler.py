@@ -68,7 +68,8 @@ class EndpointHandler:
                 pipeline, also as text. Nothing is ever fetched from an address or read from a path.
 
         Returns:
-            `[{"label": tag, "score": in [0, 1], "selected": bool}, ...]`, best first, with `"attention"` on request.
+            `[{"label": tag, "score": in [0, 1], "selected": bool}, ...]`, best first, with `"attention"` and `"gate"` on
+            request.
 
         Raises:
             ValueError: The request is bad; the message says why.
@@ -110,11 +111,9 @@ class EndpointHandler:
 
 def _take(outputs: dict[str, Any], index: int) -> dict[str, Any]:
     """One request's share of a batch's outputs, tensors as a batch of one."""
-    return {
-        "logits": outputs["logits"][index : index + 1],
-        "attention": None if outputs["attention"] is None else outputs["attention"][index : index + 1],
-        "tags": outputs["tags"][index],
-    }
+    tensors = {name: outputs[name] for name in ("logits", "gate", "attention")}
+    shares = {name: None if tensor is None else tensor[index : index + 1] for name, tensor in tensors.items()}
+    return {**shares, "tags": outputs["tags"][index]}
 
 
 def read_labels(labels: Any) -> list[str]:

@@ -44,7 +44,7 @@ class TagSummarizationPipeline(Pipeline):
                 as many lists. Spelled as they like; duplicates count once. A mapping's own tags take precedence.
             selection, threshold, top_k: The rule that selects tags, as in `MagnetoProcessor.post_process`; by
                 default the one that is stored with the processor.
-            return_attention: Say for each tag where the model looked.
+            return_attention: Say for each tag where the model looked, and whether it trusted what it saw.
             batch_size: Photographs a step; scores do not depend on it.
             num_workers: Processes that read photographs; 0 reads them in this one.
 
@@ -52,8 +52,9 @@ class TagSummarizationPipeline(Pipeline):
             For one photograph a list `[{"label": tag, "score": in [0, 1], "selected": bool}, ...]`, best first, with
             tags as `normalize_tag` spells them; for a list of photographs a list of such lists; for a generator or
             dataset an iterator over them. With `return_attention`, `"attention"` holds (h, w) numbers that sum to 1,
-            the mean over the heads on the h x w regions of the photograph's centre square, top row first; None for a
-            tag-only model.
+            the mean over the heads on the h x w regions of the photograph's centre square, top row first, and
+            `"gate"` how far the picture was trusted, and not the other tags, in [0, 1]; each None where the model has
+            none.
 
         Raises:
             ValueError: There are no tags, one is empty, or there are not as many lists of tags as photographs; a
@@ -112,16 +113,17 @@ class TagSummarizationPipeline(Pipeline):
         return {"tags": tags, **self.processor(image, tags)}
 
     def _forward(self, input_tensors: dict[str, Any], return_attention: bool = False) -> dict[str, Any]:
-        """Tensors of B photographs, and their `tags` -> `logits` (B, L), `attention` (B, L, R) or None, `tags`."""
+        """Tensors of B photographs, and their `tags` -> `logits`, `gate` or None (B, L), `attention` (B, L, R) or None,
+        `tags`."""
         inputs = {name: value for name, value in input_tensors.items() if name != "tags"}
         outputs = self.model(**inputs, output_attentions=return_attention)
         attention = None if outputs.attentions is None else outputs.attentions.mean(1)
         # The base class takes a batch apart again by the length of the first value.
-        return {"logits": outputs.logits, "attention": attention, "tags": input_tensors["tags"]}
+        return {"logits": outputs.logits, "gate": outputs.gate, "attention": attention, "tags": input_tensors["tags"]}
 
     def postprocess(self, model_outputs: dict[str, Any], return_attention: bool = False, **rule) -> list[dict]:
         """What `_forward` returns for one photograph -> its tags, best first."""
-        tags, attention = model_outputs["tags"], model_outputs["attention"]
+        tags, attention, gate = (model_outputs[name] for name in ("tags", "attention", "gate"))
         logits = ModelOutput(logits=model_outputs["logits"])
         (result,) = self.processor.post_process(logits, tags, **rule)
         selected = set(result["selected_tags"])
@@ -129,6 +131,7 @@ class TagSummarizationPipeline(Pipeline):
         if return_attention:
             for index, item in enumerate(ranked):
                 item["attention"] = None if attention is None else _heat_map(attention[0, index])
+                item["gate"] = None if gate is None else gate[0, index].item()
         return sorted(ranked, key=lambda item: -item["score"])
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

@@ -125,9 +125,11 @@ def test_attention_is_a_heat_map_for_each_tag(tiny_config):
     with torch.no_grad():
         outputs = model(**processor(photograph(), ["red", "blue"]), output_attentions=True)
     expected = dict(zip(["red", "blue"], outputs.attentions[0].mean(0).reshape(2, 3, 3), strict=True))
+    gates = dict(zip(["red", "blue"], outputs.gate[0].tolist(), strict=True))
     for item in result:
         assert sum(map(sum, item["attention"])) == pytest.approx(1, abs=1e-5)
         np.testing.assert_allclose(item["attention"], expected[item["label"]], atol=1e-7)
+        assert item["gate"] == pytest.approx(gates[item["label"]], abs=1e-6)
     assert "attention" not in summarizer(photograph(), candidate_labels=["red"])[0]
 
 
@@ -136,7 +138,7 @@ def test_a_tag_only_model_needs_no_photograph(tag_only):
     several = tag_only(candidate_labels=[["red", "blue"], ["green"], ["blue", "red", "sea"]], batch_size=2)
 
     assert {item["label"] for item in single} == {"red", "blue"}
-    assert [item["attention"] for item in single] == [None, None]
+    assert [(item["attention"], item["gate"]) for item in single] == [(None, None)] * 2
     assert [len(result) for result in several] == [2, 1, 3]
     assert_same(several[0], single, atol=1e-5)
     assert_same(tag_only(photograph(), candidate_labels=["red", "blue"]), single)
