@@ -57,6 +57,7 @@ class ModelArguments:
     init_from: str | None = _option(None, "A pre-trained MAGNeto: all but heads and gate starts from it.")
     tag_vectors: str | None = _option(None, "Word vectors (word2vec or GloVe text, also .gz) to start the tags from.")
     num_trainable_backbone_stages: int = _option(0, "Stages trained, from the top; 0 freezes all, -1 trains all.")
+    freeze_backbone_norm: bool = _option(False, "Batch norm of trained stages keeps its statistics, too.")
     image_size: int = _option(112, "Height and width of the photographs for the model, in pixels.")
     image_mean: list[float] | None = _option(None, "Mean of each colour channel; by default what timm names.")
     image_std: list[float] | None = _option(None, "Deviation of each colour channel; by default what timm names.")
@@ -173,6 +174,7 @@ class MagnetoTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = _option("tensorboard", "Where the training curves go.")
     remove_unused_columns: bool = _option(False, "Our collator needs all columns.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")
+    backbone_learning_rate: float | None = _option(None, "That of the backbone's trained stages, where it differs.")
     early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better figure.")
     cached_views: int = _option(
         0, "Run a frozen backbone once over this many augmented views of each photograph, and train from its features."
@@ -183,6 +185,10 @@ class MagnetoTrainingArguments(TrainingArguments):
         for name in ("learning_rate", "num_train_epochs", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
+        if self.backbone_learning_rate is not None and not 0 <= self.backbone_learning_rate < float("inf"):
+            raise UsageError(
+                f"backbone_learning_rate is {self.backbone_learning_rate}, expected a number of at least 0"
+            )
         lowest_values = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "cached_views": 0}
         for name, lowest in lowest_values.items():
             if getattr(self, name) < lowest:
@@ -223,7 +229,19 @@ class PredictArguments:
     seed: int = _option(0, "Decides which tags are injected.")
     batch_size: int = _option(64, "Images a step on each device.")
     num_workers: int = _option(0, "Processes that read and decode photographs, for each device.")
-    skip_bad_rows: bool = _option(False, "Leave bad rows out, and say how many, instead of stopping.")
+    rows_per_part: int = _option(
+        1024, "Rows that are written at a time. A killed prediction goes on at the first part that is not there."
+    )
+    engine: Literal["accelerate", "ray"] = _option(
+        "accelerate", "accelerate: the processes of accelerate launch. ray: Ray Data, on all of a cluster."
+    )
+    streaming: bool = _option(
+        False,
+        "Read Parquet files, also on the Hub, while predicting, in place of a copy on the disk; without report.html.",
+    )
+    skip_bad_rows: bool = _option(
+        False, "Leave bad rows and unreadable photographs out, and list them in a file, instead of stopping."
+    )
     report_images: int = _option(200, "Images shown in report.html; 0 writes no report.")
 
     def __post_init__(self):
@@ -232,9 +250,12 @@ class PredictArguments:
                 raise UsageError(f"--{name} is missing")
         if not self.output_file.endswith(".parquet"):
             raise UsageError(f"output_file is {self.output_file!r}, expected a name that ends in .parquet")
-        for name, lowest in (("batch_size", 1), ("num_workers", 0), ("report_images", 0), ("seed", 0)):
-            if (value := getattr(self, name)) is not None and value < lowest:
-                raise UsageError(f"{name} is {value}, expected at least {lowest}")
+        lowest_values = {"batch_size": 1, "num_workers": 0, "rows_per_part": 1, "report_images": 0, "seed": 0}
+        for name, lowest in lowest_values.items():
+            if getattr(self, name) < lowest:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
+        if self.streaming and self.engine == "ray":
+            raise UsageError("streaming is for --engine accelerate: with ray, each worker reads rows of its own")
         if self.inject_outliers is not None and self.inject_outliers <= 0:
             raise UsageError(f"inject_outliers is {self.inject_outliers}, expected a ratio above 0")
         find_rule({}, self.selection, self.threshold, self.top_k)  # what is wrong, it says

@@ -71,6 +71,18 @@ class MagnetoTrainer(Trainer):
         self.data_collator = self.eval_collator
         return super().get_eval_dataloader(eval_dataset)
 
+    def create_optimizer(self, model=None):
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        learning_rate = self.args.backbone_learning_rate
+        if is_new and learning_rate is not None and self.model.config.streams != "tag":
+            backbone = set(self.model.base_model.image_feature_extractor.backbone.parameters())
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if parameter in backbone]
+                group["params"] = [parameter for parameter in group["params"] if parameter not in backbone]
+                optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+        return optimizer
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:

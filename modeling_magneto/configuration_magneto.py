@@ -42,6 +42,8 @@ class MagnetoConfig(PreTrainedConfig):
         num_trainable_backbone_stages: How many stages of the backbone are trained, counted from the top; the rest is
             frozen and in eval mode. 0 freezes everything (NUS-WIDE), 1 trains ResNet's last block (the large-scale
             setting), -1 trains everything. Stages are timm's coarse parameter groups; the stem is one of them.
+        freeze_backbone_norm: Batch norm stays in eval mode in trained stages too: its statistics never move. For small
+            batches, and for weights into which the statistics have been folded.
         image_size: Height and width of the photographs, in pixels.
         calibration: Turns raw outputs into calibrated ones, `logit / temperature + bias + tag bias`. For some of
             `"logits"`, `"tag_logits"` and `"image_logits"`, it has a mapping of `temperature` (above 0), `bias` and,
@@ -72,6 +74,7 @@ class MagnetoConfig(PreTrainedConfig):
     backbone: str = "resnet18"
     backbone_kwargs: dict[str, Any] | None = None
     num_trainable_backbone_stages: int = 0
+    freeze_backbone_norm: bool = False
     image_size: int = 112
     calibration: dict[str, dict[str, Any]] | None = None
 

@@ -173,6 +173,10 @@ class MagnetoImageFeatureExtractor(nn.Module):
         self.norm = nn.BatchNorm2d(config.hidden_size)
         self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
         self.frozen_modules = self._find_frozen_modules(config)
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        self.frozen_norms = [
+            module for module in self.backbone.modules() if config.freeze_backbone_norm and isinstance(module, norms)
+        ]
         self.train()
 
     def _find_frozen_modules(self, config: MagnetoConfig) -> list[nn.Module]:
@@ -230,6 +234,8 @@ class MagnetoImageFeatureExtractor(nn.Module):
         for module in self.frozen_modules:
             # `from_pretrained` forgets `requires_grad`, and calls this when it is done.
             module.eval().requires_grad_(False)
+        for module in self.frozen_norms:
+            module.eval()
         return self
 
     def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UserError
+from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UsageError, UserError
 from magneto_training.augmentation import TagAugmentation
 from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics
@@ -255,3 +255,19 @@ def test_a_checkpoint_of_another_model_is_refused_by_field(tiny_config, tmp_path
     check_checkpoint(str(tmp_path), tiny_config)
     with pytest.raises(UserError, match="has hidden_size 16, expected 32 as in this run"):
         check_checkpoint(str(tmp_path), MagnetoConfig(**{**tiny_config.to_dict(), "hidden_size": 32}))
+
+
+def test_the_backbone_can_have_a_learning_rate_of_its_own(make_trainer):
+    changes = {"num_trainable_backbone_stages": 2}
+    trainer = make_trainer(changes, learning_rate=0.5, backbone_learning_rate=0.25, weight_decay=0.1)
+    rates = {
+        id(parameter): group["lr"]
+        for group in trainer.create_optimizer().param_groups
+        for parameter in group["params"]
+    }
+    trained = {name: rates[id(value)] for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert len(trained) == len(rates)
+    assert {rate for name, rate in trained.items() if ".backbone." in name} == {0.25}
+    assert {rate for name, rate in trained.items() if ".backbone." not in name} == {0.5}
+    with pytest.raises(UsageError, match="backbone_learning_rate is -1"):
+        make_trainer(backbone_learning_rate=-1)

@@ -435,6 +435,20 @@ def test_a_frozen_backbone_keeps_eval_mode_and_its_statistics(tiny_config):
     assert before and all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_norms_can_be_frozen_in_trained_stages(tiny_config):
+    model, batch = build(tiny_config, num_trainable_backbone_stages=-1, freeze_backbone_norm=True), make_batch()
+    before = backbone_statistics(model)
+
+    model.train()
+    model(**batch).loss.backward()
+
+    after = backbone_statistics(model)
+    assert before and all(torch.equal(value, after[name]) for name, value in before.items())
+    backbone = model.magneto.image_feature_extractor.backbone
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+    assert model.magneto.image_feature_extractor.norm.training
+
+
 @pytest.mark.parametrize(
     "stages, trained",
     [(0, set()), (1, {"layer4"}), (2, {"layer3", "layer4"}), (5, None), (-1, None)],
