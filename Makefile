@@ -8,7 +8,10 @@ LAUNCH := $(RUN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 DEMO_IMAGES ?= 4000
 DEMO_EPOCHS ?= 12
 
-.PHONY: demo test lint format
+# The model of `make app`: a trained folder or a Hub id.
+MODEL ?= demo/model
+
+.PHONY: demo app test lint format
 
 # One folder of packages for everything; installed again when pyproject.toml changes.
 $(VENV)/demo: pyproject.toml
@@ -20,6 +23,11 @@ $(VENV)/dev: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
 	touch $@ $(VENV)/demo
+
+$(VENV)/app: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable ".[app]"
+	touch $@
 
 demo: $(VENV)/demo
 	rm -rf demo
@@ -35,6 +43,9 @@ demo: $(VENV)/demo
 	@echo; echo "The drawn sample's test split, in percent:"; echo
 	@$(RUN)/python -m magneto_training.evaluation demo/tag_only.metrics.json demo/magneto.metrics.json
 	@echo; echo demo/report.html
+
+app: $(VENV)/app
+	MODEL_ID=$(MODEL) $(VENV)/bin/python hub/app.py
 
 test: $(VENV)/dev lint
 	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile

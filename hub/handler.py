@@ -68,8 +68,8 @@ class EndpointHandler:
                 pipeline, also as text. Nothing is ever fetched from an address or read from a path.
 
         Returns:
-            `[{"label": tag, "score": in [0, 1], "selected": bool}, ...]`, best first, with `"attention"` and `"gate"` on
-            request.
+            `[{"label": tag, "score": in [0, 1], "selected": bool}, ...]`, best first, on request with
+            `"attention"` and `"gate"`.
 
         Raises:
             ValueError: The request is bad; the message says why.
