@@ -1,6 +1,6 @@
 """Loads the endpoint with 32 clients, and compares its throughput with that of one client.
 
-python benchmarks/endpoint.py [MODEL_DIR] [--seconds 30]
+python -m benchmarks.endpoint [MODEL_DIR] [--seconds 30]
 """
 
 import argparse

@@ -181,15 +181,18 @@ class MagnetoImageFeatureExtractor(nn.Module):
 
     def _find_frozen_modules(self, config: MagnetoConfig) -> list[nn.Module]:
         """Modules of the backbone all of whose parameters are frozen."""
-        stages = self._find_stages(config)
         num_trainable = config.num_trainable_backbone_stages
-        if num_trainable > len(stages):
-            raise ValueError(
-                f"num_trainable_backbone_stages is {num_trainable}, "
-                f"expected at most the {len(stages)} stages of {config.backbone}"
-            )
-        trainable_stages = stages if num_trainable == -1 else stages[len(stages) - num_trainable :]
-        trainable = set().union(*trainable_stages)
+        trainable: set[str] = set()
+        # A model on the meta device is being loaded, and was checked when it was made.
+        if num_trainable or not next(self.backbone.parameters()).is_meta:
+            stages = self._find_stages(config)
+            if num_trainable > len(stages):
+                raise ValueError(
+                    f"num_trainable_backbone_stages is {num_trainable}, "
+                    f"expected at most the {len(stages)} stages of {config.backbone}"
+                )
+            trainable_stages = stages if num_trainable == -1 else stages[len(stages) - num_trainable :]
+            trainable.update(*trainable_stages)
         return [
             module
             for prefix, module in self.backbone.named_modules()

@@ -107,9 +107,11 @@ def test_a_local_folder_is_named_without_its_path(make_card, tmp_path):
 def test_the_code_in_the_card_is_python(make_card, use_images):
     text = make_card(use_images=use_images, hub_model_id="someone/my-model").text
 
-    code = text.split("```python\n")[1].split("```")[0]
-    compile(code, "README.md", "exec")
-    assert '"someone/my-model"' in code and ("photo.jpg" in code) == use_images
+    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    assert len(blocks) == 2 and 'pipeline("tag-summarization", model="someone/my-model"' in blocks[0]
+    for code in blocks:
+        compile(code, "README.md", "exec")
+        assert '"someone/my-model"' in code and ("photo.jpg" in code) == use_images
 
 
 CALIBRATED = {

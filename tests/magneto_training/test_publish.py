@@ -124,6 +124,7 @@ def test_the_published_card_names_the_model_and_its_examples(folder, dataset_dir
     card = ModelCard(files["README.md"].decode())
     assert card.data.model_name == "other-name" and card.text.lstrip().startswith("# other-name\n")
     assert "my_model" not in card.content and 'from_pretrained("someone/other-name"' in card.text
+    assert 'pipeline("tag-summarization", model="someone/other-name"' in card.text
     assert {result.metric_value for result in card.data.eval_results} == {50.0}
     assert len(card.data.widget) == 2
     for example, row in zip(card.data.widget, rows, strict=True):

@@ -319,8 +319,7 @@ def test_a_saved_folder_brings_its_pipeline_into_a_new_process(summarizer, tmp_p
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "model" / "config.json").read_text()
 
 
-def test_beside_this_package_a_saved_folder_is_loaded_as_well(summarizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_beside_this_package_a_saved_folder_is_loaded_as_well(summarizer, tmp_path):
     summarizer.save_pretrained(tmp_path / "model")
 
     loaded = pipeline("tag-summarization", model=str(tmp_path / "model"), trust_remote_code=True, device="cpu")
