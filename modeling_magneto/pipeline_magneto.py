@@ -113,8 +113,11 @@ class TagSummarizationPipeline(Pipeline):
         return {"tags": tags, **self.processor(image, tags)}
 
     def _forward(self, input_tensors: dict[str, Any], return_attention: bool = False) -> dict[str, Any]:
-        """Tensors of B photographs, and their `tags` -> `logits`, `gate` or None (B, L), `attention` (B, L, R) or None,
-        `tags`."""
+        """The model's tensors for B photographs, and their `tags`, to the pipeline's outputs.
+
+        Returns:
+            `logits` (B, L), `gate` (B, L) or None, `attention` (B, L, R) or None, and `tags` as they came.
+        """
         inputs = {name: value for name, value in input_tensors.items() if name != "tags"}
         outputs = self.model(**inputs, output_attentions=return_attention)
         attention = None if outputs.attentions is None else outputs.attentions.mean(1)

@@ -68,6 +68,7 @@ def test_training_leaves_a_complete_folder(trained_dir):
     names = {path.name for path in trained_dir.iterdir()}
     assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "README.md"} <= names
     assert {"modeling_magneto.py", "processing_magneto.py", "metrics.json", "trainer_state.json"} <= names
+    assert {"pipeline_magneto.py", "handler.py", "requirements.txt"} <= names
     assert "training_curves.png" in names and "(training_curves.png)" in (trained_dir / "README.md").read_text()
     assert list(trained_dir.glob("runs/*/events*")), "no TensorBoard log"
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
