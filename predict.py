@@ -3,18 +3,27 @@
 accelerate launch predict.py --model_name_or_path M --dataset_name D [--split S] --output_file OUT.parquet
 """
 
-from accelerate import Accelerator
+from datetime import timedelta
+
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from magneto_training.arguments import PredictArguments, parse_arguments, user_errors_in_one_line
 from magneto_training.evaluation import format_metrics
-from magneto_training.prediction import check_output_file, load_model, load_prediction_split, predict_dataset
+from magneto_training.prediction import (
+    check_output_file,
+    describe_files,
+    load_model,
+    load_prediction_split,
+    predict_dataset,
+)
 from magneto_training.report import write_report
 
 
 def main() -> None:
     (args,) = parse_arguments((PredictArguments,))
     check_output_file(args)
-    accelerator = Accelerator()
+    # One process may be done long before another.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     model, processor = load_model(args.model_name_or_path)
     with accelerator.main_process_first():
         dataset = load_prediction_split(args, processor.use_images)
@@ -26,8 +35,8 @@ def main() -> None:
             print(format_metrics({args.dataset_name: metrics}))
         if "outlier_percent" in metrics:
             print(f"images with a strange tag among the selected ones: {metrics['outlier_percent']:.2f} %")
-        print(f"{len(dataset)} images: {args.output_file}")
-        if args.report_images:
+        print(describe_files(args))
+        if args.report_images and not args.streaming:
             print(f"report: {write_report(model, processor, dataset, args, metrics)}")
 
 

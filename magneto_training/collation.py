@@ -15,20 +15,22 @@ from .feature_cache import FeatureCache
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """Rows that know the seed of their random changes: the same whenever they are read.
+    """Rows that know their index and the seed of their random changes: the same whenever they are read.
 
     Args:
         dataset: Rows as of `load_tag_dataset`.
         seed: The run's seed.
         features: Read instead of the photographs; the seed decides which view.
+        first_index: The index of the first row in the whole dataset, where this is a part of one.
     """
 
     epoch = 0
 
-    def __init__(self, dataset: Dataset, seed: int, features: FeatureCache | None = None):
+    def __init__(self, dataset: Dataset, seed: int, features: FeatureCache | None = None, first_index: int = 0):
         self.dataset = dataset if features is None else without_images(dataset)
         self.seed = seed
         self.features = features
+        self.first_index = first_index
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -41,7 +43,8 @@ class SeededDataset(torch.utils.data.Dataset):
         columns = self.dataset[indices]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         for row, index in zip(rows, indices, strict=True):
-            row["seed"] = example_seed(self.seed, int(self.epoch), index)
+            row["index"] = self.first_index + index
+            row["seed"] = example_seed(self.seed, int(self.epoch), row["index"])
             if self.features is not None:
                 row["image_features"] = self.features.read(index, row["seed"] % self.features.num_views)
         return rows
@@ -170,10 +173,13 @@ class OutlierDataset(SeededDataset):
         seed: Decides which tags.
         vocabulary: All tags, normalised.
         outlier_ratio: Strange tags for each own tag, above 0.
+        first_index: As in `SeededDataset`.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, vocabulary: Sequence[str], outlier_ratio: float):
-        super().__init__(dataset, seed)
+    def __init__(
+        self, dataset: Dataset, seed: int, vocabulary: Sequence[str], outlier_ratio: float, first_index: int = 0
+    ):
+        super().__init__(dataset, seed, first_index=first_index)
         self.vocabulary = vocabulary
         self.outlier_ratio = outlier_ratio
 

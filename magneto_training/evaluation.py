@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,39 @@ def evaluate_selection(selected: dict[str, Sequence[np.ndarray]], labels: Sequen
             stream_results = metric.compute(predictions=selected[f"{stream}_logits"], references=labels)
             results[f"{stream}_f1"] = stream_results["f1"]
     return results
+
+
+def combine_metrics(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The metrics of all images from those of parts of them, read one after the other.
+
+    Args:
+        parts: What `evaluate_selection` returned for each part.
+
+    Returns:
+        The same figures: counts are added up, and of every mean the mean is taken, with the images that it was over as
+        weights; nan where there were none. Empty without parts.
+    """
+    counts: dict[str, int] = {}
+    sums: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name.startswith("num_"):
+                counts[name] = counts.get(name, 0) + value
+            else:
+                num_images = part[_images_of(name)]
+                sums[name] = sums.get(name, 0.0) + (num_images * value if num_images else 0.0)
+    means = {
+        name: total / counts[_images_of(name)] if counts[_images_of(name)] else math.nan
+        for name, total in sums.items()
+    }
+    return {**means, **counts}
+
+
+def _images_of(name: str) -> str:
+    """The figure that says over how many images another one is the mean."""
+    if name == "precision":
+        return "num_selected_images"
+    return "num_reducible_images" if name.endswith("reducible_f1") else "num_images"
 
 
 def compute_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[str, float]:

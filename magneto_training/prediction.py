@@ -1,20 +1,35 @@
-"""Choosing the tags of a whole dataset: rows in, a Parquet file of scores and selected tags out."""
+"""Choosing the tags of a whole dataset: rows in, a Parquet file of scores and selected tags out.
 
+A dataset is cut into runs of `rows_per_part` rows. Each run becomes one file, a part, that holds beside the results
+what the metrics need of it:
+
+    OUT.parquet.parts/settings.json                        what the parts depend on; others must not be mixed with them
+    OUT.parquet.parts/rows-000000000-000001024.parquet     there whole or not at all
+
+Whoever makes the parts, this process, one of several, or a worker of Ray, calls `predict_parts`. A prediction that was
+killed goes on with the parts that are missing. When all are there they are put together, in order, as OUT.parquet.
+"""
+
+import csv
 import functools
+import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict
-from torch.utils.data import DataLoader, Subset
+from datasets import Dataset, DatasetDict, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
@@ -22,10 +37,10 @@ from modeling_magneto.loss_magneto import IGNORED_LABEL
 from modeling_magneto.modeling_magneto import MagnetoOutput
 
 from .arguments import PredictArguments, UserError
-from .collation import OutlierDataset, TagCollator, without_images
-from .evaluation import evaluate_selection, output_names, write_metrics
+from .collation import OutlierDataset, SeededDataset, TagCollator, without_images
+from .evaluation import combine_metrics, evaluate_selection, output_names, write_metrics
 from .initialization import load_source
-from .tag_data import DataError, checked_split, load_tag_dataset
+from .tag_data import DataError, check_columns, checked_split, find_problems, load_tag_dataset, read_photograph
 
 SCHEMA = pa.schema(
     [
@@ -35,6 +50,12 @@ SCHEMA = pa.schema(
         ("selected_tags", pa.list_(pa.string())),
     ]
 )
+FIGURES = b"magneto"  # in a part's own metadata: what its rows add to the metrics, and which rows were skipped
+UNREADABLE = "an unreadable photograph"
+PARTS_PER_ROW_GROUP = 16
+
+
+# ------------------------------------------------------------------------------------------------------ what is needed
 
 
 def load_model(model_name_or_path: str) -> tuple[MagnetoForTagSummarization, MagnetoProcessor]:
@@ -62,42 +83,34 @@ def check_output_file(args: PredictArguments) -> None:
         raise UserError(f"output_file {args.output_file!r} cannot be written: {error.strerror}") from None
 
 
-def load_prediction_split(args: PredictArguments, use_images: bool) -> Dataset:
-    """The checked rows to predict; ground truth is checked where it is there.
+def load_prediction_split(args: PredictArguments, use_images: bool) -> Dataset | IterableDataset:
+    """The rows to predict. Bad rows stop here, unless they are to be skipped when it is their turn.
+
+    Photographs are not decoded: which of them are unreadable shows when they are read. The rows of a stream are not
+    read at all.
 
     Raises:
         DataError: The split is missing or ambiguous, a column is missing, or a row is bad.
     """
-    splits = load_tag_dataset(args.dataset_name, args.dataset_config_name)
+    splits = load_tag_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
     split = _choose_split(splits, args)
-    dataset = splits[split]
+    dataset, name = splits[split], f"{args.dataset_name}, {split}"
     use_labels = has_ground_truth(dataset)
-    dataset = checked_split(
-        dataset,
-        f"{args.dataset_name}, {split}",
-        use_images,
-        use_labels,
-        args.skip_bad_rows,
-        allow_unlabeled=True,
-    )
+    check_columns(dataset, name, ["item_id", "tags", *(["image"] if use_images else [])])
+    if not (args.streaming or args.skip_bad_rows):
+        checked_split(dataset, name, False, use_labels, skip_bad_rows=False, allow_unlabeled=True)
     # A tag-only model's report shows the photographs all the same.
     columns = ["item_id", "tags", "image", *(["important_tags"] if use_labels else [])]
-    return dataset.select_columns([name for name in columns if name in dataset.column_names])
+    return dataset.select_columns([column for column in columns if column in dataset.column_names])
 
 
-def rows_for_model(dataset: Dataset, processor: MagnetoProcessor, args: PredictArguments) -> Dataset | OutlierDataset:
-    """The rows as the model reads them: without photographs where it needs none, and with `inject_outliers` with
-    strange tags, which a row then names in `outliers`."""
-    rows = dataset if processor.use_images else without_images(dataset)
-    if args.inject_outliers is not None:
-        rows = OutlierDataset(rows, args.seed, processor.vocabulary, args.inject_outliers)
-    return rows
+def has_ground_truth(dataset: Dataset | IterableDataset) -> bool:
+    """Whether any row has an important tag; a column of empty lists says that nothing is known.
 
-
-def has_ground_truth(dataset: Dataset) -> bool:
-    """Whether any row has an important tag; a column of empty lists says that nothing is known."""
-    if "important_tags" not in dataset.column_names:
-        return False
+    A stream has ground truth where it has the column.
+    """
+    if "important_tags" not in dataset.column_names or isinstance(dataset, IterableDataset):
+        return "important_tags" in dataset.column_names
     columns = dataset.select_columns("important_tags").with_format("arrow").iter(batch_size=10_000)
     return any(pc.any(pc.greater(pc.list_value_length(rows["important_tags"]), 0)).as_py() for rows in columns)
 
@@ -114,127 +127,342 @@ def _choose_split(splits: DatasetDict, args: PredictArguments) -> str:
     return next(iter(splits))
 
 
+# ----------------------------------------------------------------------------------------------------- rows to results
+
+
+def rows_for_model(
+    dataset: Dataset, processor: MagnetoProcessor, args: PredictArguments, first_index: int = 0
+) -> SeededDataset:
+    """The rows as `predict_batches` reads them: with undecoded photographs, or without where the model needs none, and
+    with `inject_outliers` with strange tags, which a row then names in `outliers`.
+
+    Args:
+        dataset: Rows as of `load_prediction_split`.
+        processor: The model's processor.
+        args: The arguments of the prediction.
+        first_index: The index of the first row in the whole dataset, where this is a part of one.
+    """
+    if processor.use_images:
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    else:
+        dataset = without_images(dataset)
+    if args.inject_outliers is not None:
+        return OutlierDataset(dataset, args.seed, processor.vocabulary, args.inject_outliers, first_index)
+    return SeededDataset(dataset, args.seed, first_index=first_index)
+
+
 @dataclass
 class PredictedBatch:
     """One batch of rows with what the model says of them.
 
     Args:
-        rows: The rows as they came, photographs included.
-        results: What `MagnetoProcessor.post_process` returns.
-        outputs: The model's outputs, on its device.
+        rows: The rows as they came, without photographs, and without those that could not be read.
+        results: What `MagnetoProcessor.post_process` returns of them.
+        outputs: The model's outputs, on its device; none where no row could be read.
         labels: (B, L) where the rows have ground truth.
+        unreadable: The rows whose photograph could not be read.
     """
 
     rows: list[dict]
     results: list[dict]
-    outputs: MagnetoOutput
+    outputs: MagnetoOutput | None
     labels: torch.Tensor | None
+    unreadable: list[dict]
 
 
 def predict_batches(
     model: MagnetoForTagSummarization,
     processor: MagnetoProcessor,
-    dataset: Dataset,
+    dataset: torch.utils.data.Dataset,
     batch_size: int = 64,
     num_workers: int = 0,
     selection: str | None = None,
     threshold: float | None = None,
     top_k: int | None = None,
     output_attentions: bool = False,
+    batches: Iterable[Sequence[int]] | None = None,
 ) -> Iterator[PredictedBatch]:
-    """Score the rows in their order, batch by batch; nothing is kept.
+    """Score the rows batch by batch; nothing is kept.
 
     Args:
         model: In eval mode, on the device to use.
         processor: The model's processor.
-        dataset: Checked rows.
+        dataset: Checked rows, with photographs decoded or not.
         batch_size: Images a step.
         num_workers: Processes that read and decode photographs.
         selection, threshold, top_k: As in `MagnetoProcessor.post_process`.
         output_attentions: Whether the outputs tell what each tag looked at.
+        batches: The indices of the rows of each batch; by default all rows in their order, `batch_size` at a time.
     """
-    collate = functools.partial(_rows_and_batch, TagCollator(processor))
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
-    for rows, batch in loader:
+    if batches is None:
+        batches = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
+    collate = functools.partial(_read_batch, TagCollator(processor))
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
+    for rows, batch, unreadable in loader:
+        if not rows:
+            yield PredictedBatch([], [], None, None, unreadable)
+            continue
         with torch.inference_mode():
             outputs = model(
                 **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"},
                 output_attentions=output_attentions,
             )
         results = processor.post_process(outputs, [row["tags"] for row in rows], selection, threshold, top_k)
-        yield PredictedBatch(rows, results, outputs, batch.get("labels"))
+        yield PredictedBatch(rows, results, outputs, batch.get("labels"), unreadable)
 
 
-def _rows_and_batch(collate: TagCollator, rows: list[dict]) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    return rows, collate(rows)
+def _read_batch(collate: TagCollator, rows: list[dict]) -> tuple[list[dict], dict[str, torch.Tensor], list[dict]]:
+    """The readable rows and their tensors, and the others; photographs stay in the worker that has read them."""
+    readable, unreadable = rows, []
+    if collate.processor.use_images:
+        rows = [{**row, "image": read_photograph(row["image"])} for row in rows]
+        readable = [row for row in rows if row["image"] is not None]
+        unreadable = [row for row in rows if row["image"] is None]
+    batch = collate(readable) if readable else {}
+    return [{name: row[name] for name in row if name != "image"} for row in readable], batch, unreadable
+
+
+# -------------------------------------------------------------------------------------------------------- rows to file
 
 
 def predict_dataset(
     accelerator: Accelerator,
     model: MagnetoForTagSummarization,
     processor: MagnetoProcessor,
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     args: PredictArguments,
 ) -> dict[str, float]:
-    """Write `args.output_file`, and beside it the metrics where there is ground truth.
+    """Write `args.output_file`, and beside it the metrics where there is ground truth, and the list of skipped rows.
 
-    Each process takes its own run of rows and writes a part; the parts are put together in order, so every row is
-    there once, and `output_file` appears when it is complete.
+    `output_file` appears when it is complete. The parts of a prediction that was killed are used, if it had the same
+    settings, whatever number of processes had made them.
 
     Returns:
         On the main process the metrics, where there is ground truth, and with `inject_outliers` the percentage of
         images of which a strange tag was selected, `outlier_percent`; elsewhere nothing.
+
+    Raises:
+        UserError: There are parts that were made with other settings.
+        DataError: A row is bad, or its photograph cannot be read, and bad rows are not to be skipped; or all are bad.
     """
-    output_file = Path(args.output_file)
-    parts = output_file.with_name(output_file.name + ".parts")
+    folder = parts_folder(args.output_file)
     if accelerator.is_main_process:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
+        _open_folder(folder, _settings(model, processor, dataset, args))
     accelerator.wait_for_everyone()
+    if args.engine == "ray":
+        num_rows = len(dataset)
+        if accelerator.is_main_process:
+            _predict_with_ray(dataset, args)
+    else:
+        num_rows = _predict_share(accelerator, model, processor, dataset, args)
+    accelerator.wait_for_everyone()
+    return _finish(folder, num_rows, args) if accelerator.is_main_process else {}
 
-    rows = rows_for_model(dataset, processor, args)
-    rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    share = Subset(rows, range(len(rows) * rank // num_ranks, len(rows) * (rank + 1) // num_ranks))
+
+def _predict_share(
+    accelerator: Accelerator,
+    model: MagnetoForTagSummarization,
+    processor: MagnetoProcessor,
+    dataset: Dataset | IterableDataset,
+    args: PredictArguments,
+) -> int:
+    """Make this process's share of the missing parts; returns the number of rows of the dataset."""
     model.to(accelerator.device)
-    fooled: list[bool] = []  # of each image, whether a strange tag was selected
-    known_labels: list[np.ndarray] = []
-    selected: dict[str, list[np.ndarray]] = {
-        name: [] for name in output_names(model.config) if name.endswith("logits")
-    }
-    progress = tqdm(total=len(share), unit="image", desc="Predicting", disable=not accelerator.is_local_main_process)
-    with progress, pq.ParquetWriter(parts / f"{accelerator.process_index:05d}.parquet", SCHEMA) as writer:
-        for batch in predict_batches(
-            model,
-            processor,
-            share,
-            args.batch_size,
-            args.num_workers,
-            args.selection,
-            args.threshold,
-            args.top_k,
-        ):
-            writer.write_table(_to_table(batch))
-            if batch.labels is not None:
-                _collect(batch, processor, known_labels, selected, args)
-            if args.inject_outliers is not None:
-                fooled += [
-                    not set(row["outliers"]).isdisjoint(result["selected_tags"])
-                    for row, result in zip(batch.rows, batch.results, strict=True)
-                ]
-            progress.update(len(batch.rows))
+    num_rows, rank, num_ranks = 0, accelerator.process_index, accelerator.num_processes
+    runs = _stream(dataset, args.rows_per_part) if args.streaming else [(0, dataset)]
+    total = (
+        None if args.streaming else sum(map(len, part_ranges(0, len(dataset), args.rows_per_part)[rank::num_ranks]))
+    )
+    hidden = not accelerator.is_local_main_process
+    with tqdm(total=total, unit="image", desc="Predicting", disable=hidden) as progress:
+        for start, rows in runs:
+            num_rows = start + len(rows)
+            parts = part_ranges(start, num_rows, args.rows_per_part)
+            share = [part for part in parts if part.start // args.rows_per_part % num_ranks == rank]
+            missing = missing_parts(share, args)
+            progress.update(sum(map(len, share)) - sum(map(len, missing)))
+            if missing:
+                reader = rows_for_model(rows, processor, args, start)
+                for count in predict_parts(model, processor, reader, missing, args):
+                    progress.update(count)
+    return num_rows
 
-    known_labels, fooled = gather_object(known_labels), gather_object(fooled)
-    selected = {name: gather_object(lists) for name, lists in selected.items()}
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return {}
-    _join_parts(parts, output_file)
-    metrics = evaluate_selection(selected, known_labels) if known_labels else {}
-    if fooled:
-        metrics["outlier_percent"] = 100 * sum(fooled) / len(fooled)
-    if metrics:
-        write_metrics(metrics_file(output_file), metrics)
-    return metrics
+
+def _predict_with_ray(dataset: Dataset, args: PredictArguments) -> None:
+    try:
+        from .ray_prediction import predict_parts_with_ray
+    except ImportError as error:
+        raise UserError(f'--engine ray needs the extra "ray": pip install "magneto-ets[ray]" ({error})') from None
+    predict_parts_with_ray(dataset, args)
+
+
+def _stream(dataset: IterableDataset, rows_per_part: int) -> Iterator[tuple[int, Dataset]]:
+    """The rows of each part, in memory, with the index of the first of them."""
+    start = 0
+    undecoded = dataset.cast_column("image", datasets.Image(decode=False)) if "image" in dataset.features else dataset
+    info = datasets.DatasetInfo(features=undecoded.features)
+    for table in undecoded.with_format("arrow").iter(rows_per_part):
+        yield start, Dataset(table, info=info)
+        start += len(table)
+
+
+def parts_folder(output_file: str) -> Path:
+    """`OUT.parquet.parts` for `OUT.parquet`."""
+    return Path(output_file + ".parts")
+
+
+def part_ranges(start: int, stop: int, rows_per_part: int) -> list[range]:
+    """The rows of each part, as indices in the whole dataset."""
+    return [range(first, min(first + rows_per_part, stop)) for first in range(start, stop, rows_per_part)]
+
+
+def missing_parts(parts: Iterable[range], args: PredictArguments) -> list[range]:
+    """Those of the parts that have not been made."""
+    folder = parts_folder(args.output_file)
+    return [part for part in parts if not _part_file(folder, part).exists()]
+
+
+def _part_file(folder: Path, part: range) -> Path:
+    return folder / f"rows-{part.start:09d}-{part.stop:09d}.parquet"
+
+
+def predict_parts(
+    model: MagnetoForTagSummarization,
+    processor: MagnetoProcessor,
+    rows: SeededDataset,
+    parts: Iterable[range],
+    args: PredictArguments,
+) -> Iterator[int]:
+    """Make some parts, one after the other. Batches are of rows of one part with about as many tags.
+
+    Args:
+        model: In eval mode, on the device to use.
+        processor: The model's processor.
+        rows: As of `rows_for_model`, of the whole dataset or a run of it.
+        parts: The rows of each part, as indices in the whole dataset.
+        args: The arguments of the prediction.
+
+    Yields:
+        After each batch how many rows it had; a generator, so nothing happens unless it is read.
+
+    Raises:
+        DataError: A row is bad, or its photograph cannot be read, and bad rows are not to be skipped.
+    """
+    folder = parts_folder(args.output_file)
+    outputs = [name for name in output_names(model.config) if name.endswith("logits")]
+    begun: deque[_Part] = deque()  # the data loader asks for batches before it returns the ones before
+
+    def plan_batches() -> Iterator[Sequence[int]]:
+        for part in parts:
+            begun.append(_Part(rows, part, args))
+            yield from begun[-1].batches
+
+    def write_complete_parts() -> None:
+        while begun and not begun[0].num_open:
+            begun.popleft().write(folder)
+
+    predicted = predict_batches(
+        model,
+        processor,
+        rows,
+        args.batch_size,
+        args.num_workers,
+        args.selection,
+        args.threshold,
+        args.top_k,
+        batches=plan_batches(),
+    )
+    for batch in predicted:
+        write_complete_parts()  # without a good row there was no batch
+        begun[0].add(batch, None if batch.labels is None else _select_by_each(batch, processor, outputs, args))
+        write_complete_parts()
+        yield len(batch.rows) + len(batch.unreadable)
+    write_complete_parts()
+
+
+def _select_by_each(
+    batch: PredictedBatch, processor: MagnetoProcessor, outputs: Sequence[str], args: PredictArguments
+) -> dict[str, torch.Tensor]:
+    """What each of the outputs selects, (B, L)."""
+    tags = [[tag for tag, _ in result["tags"]] for result in batch.results]
+    return {
+        name: processor.select(batch.outputs[name], tags, args.selection, args.threshold, args.top_k)
+        for name in outputs
+    }
+
+
+class _Part:
+    """A run of rows with its results.
+
+    Args:
+        rows: What the part is a run of.
+        part: The indices of its rows in the whole dataset.
+        args: The arguments of the prediction.
+    """
+
+    def __init__(self, rows: SeededDataset, part: range, args: PredictArguments):
+        self.part = part
+        self.args = args
+        self.results: dict[int, dict] = {}  # by the index of the row, as it comes
+        self.judged: dict[int, dict[str, np.ndarray]] = {}  # labels and choices of images with ground truth
+        self.num_fooled = 0  # images of which a strange tag was selected
+        self.skipped: list[tuple[int, str, str]] = []  # index, item_id and reason
+
+        first = rows.first_index
+        table = without_images(rows.dataset).with_format("arrow")[part.start - first : part.stop - first]
+        problems = find_problems(table, allow_unlabeled=True)["problem"].to_pylist()
+        for index, problem, item_id in zip(part, problems, table["item_id"].to_pylist(), strict=True):
+            if problem is not None:
+                self._skip(index, item_id, problem)
+        num_tags = pc.list_value_length(table["tags"]).to_pylist()
+        good = [index for index, problem in zip(part, problems, strict=True) if problem is None]
+        good.sort(key=lambda index: num_tags[index - part.start])
+        self.num_open = len(good)
+        places = [index - first for index in good]
+        self.batches = [places[start : start + args.batch_size] for start in range(0, len(good), args.batch_size)]
+
+    def add(self, batch: PredictedBatch, selected: dict[str, torch.Tensor] | None) -> None:
+        """Keep the results of a batch, and what the metrics need of it, until the part is complete."""
+        self.num_open -= len(batch.rows) + len(batch.unreadable)
+        for row in batch.unreadable:
+            self._skip(row["index"], row["item_id"], UNREADABLE)
+        for row, result in zip(batch.rows, batch.results, strict=True):
+            self.results[row["index"]] = {
+                "item_id": row["item_id"],
+                "tags": [tag for tag, _ in result["tags"]],
+                "scores": [score for _, score in result["tags"]],
+                "selected_tags": result["selected_tags"],
+            }
+            self.num_fooled += not set(row.get("outliers", ())).isdisjoint(result["selected_tags"])
+        if selected is not None:
+            real = batch.labels != IGNORED_LABEL  # (B, L), no tag of an image without ground truth
+            for place in real.any(-1).nonzero().flatten().tolist():
+                self.judged[batch.rows[place]["index"]] = {
+                    name: tensor[place, real[place]].numpy().astype(np.int8)
+                    for name, tensor in ({"labels": batch.labels} | selected).items()
+                }
+
+    def _skip(self, index: int, item_id: str | None, reason: str) -> None:
+        if not self.args.skip_bad_rows:
+            raise _bad_row(self.args, index, item_id, reason)
+        self.skipped.append((index, item_id, reason))
+
+    def write(self, folder: Path) -> None:
+        """Write the complete part, under its name when it is whole."""
+        judged = [self.judged[index] for index in sorted(self.judged)]
+        metrics = None
+        if judged:
+            columns = {name: [image[name] for image in judged] for name in judged[0]}
+            metrics = evaluate_selection(columns, columns.pop("labels"))
+        figures = {"num_fooled": self.num_fooled, "skipped": sorted(self.skipped), "metrics": metrics}
+        schema = SCHEMA.with_metadata({FIGURES: json.dumps(figures)})
+        path = _part_file(folder, self.part)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+        pq.write_table(pa.Table.from_pylist([self.results[index] for index in sorted(self.results)], schema), partial)
+        partial.replace(path)
+
+
+# --------------------------------------------------------------------------------------------------- parts to one file
 
 
 def metrics_file(output_file: Path) -> Path:
@@ -242,40 +470,130 @@ def metrics_file(output_file: Path) -> Path:
     return output_file.with_suffix(".metrics.json")
 
 
-def _to_table(batch: PredictedBatch) -> pa.Table:
-    return pa.table(
-        {
-            "item_id": [row["item_id"] for row in batch.rows],
-            "tags": [[tag for tag, _ in result["tags"]] for result in batch.results],
-            "scores": [[score for _, score in result["tags"]] for result in batch.results],
-            "selected_tags": [result["selected_tags"] for result in batch.results],
-        },
-        schema=SCHEMA,
-    )
+def skipped_file(output_file: Path) -> Path:
+    """`OUT.skipped.csv` for `OUT.parquet`: the index, item_id and reason of each row that was left out."""
+    return output_file.with_suffix(".skipped.csv")
 
 
-def _collect(
-    batch: PredictedBatch,
+def read_skipped(output_file: Path) -> set[int]:
+    """The indices of the rows that were left out of a prediction."""
+    if not skipped_file(output_file).exists():
+        return set()
+    with skipped_file(output_file).open(encoding="utf-8", newline="") as file:
+        return {int(row["index"]) for row in csv.DictReader(file)}
+
+
+def describe_files(args: PredictArguments) -> str:
+    """What `predict_dataset` has written, for people."""
+    output_file = Path(args.output_file)
+    described = f"{pq.read_metadata(output_file).num_rows} images: {output_file}"
+    if num_skipped := len(read_skipped(output_file)):
+        described += f"\n{num_skipped} rows were left out: {skipped_file(output_file)}"
+    return described
+
+
+def _settings(
+    model: MagnetoForTagSummarization,
     processor: MagnetoProcessor,
-    known_labels: list[np.ndarray],
-    selected: dict[str, list[np.ndarray]],
+    dataset: Dataset | IterableDataset,
     args: PredictArguments,
-) -> None:
-    """Keep what the metrics need of images with ground truth: labels, and what each output selects."""
-    real = batch.labels != IGNORED_LABEL  # (B, L)
-    labelled = real.any(-1).nonzero().flatten().tolist()
-    known_labels += [batch.labels[index, real[index]].numpy().astype(np.int8) for index in labelled]
-    tags = [[tag for tag, _ in result["tags"]] for result in batch.results]
-    for name, rows in selected.items():
-        kept = processor.select(batch.outputs[name], tags, args.selection, args.threshold, args.top_k)  # (B, L)
-        rows += [kept[index, real[index]].numpy().astype(np.int8) for index in labelled]
+) -> dict:
+    """All that the parts depend on; of the rows everything but the photographs, and nothing of a stream."""
+    model_digest = hashlib.sha256(model.config.to_json_string().encode())
+    model_digest.update(json.dumps([processor.to_json_string(), processor.vocabulary]).encode())
+    for name, tensor in model.state_dict().items():
+        model_digest.update(name.encode())
+        model_digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    row_digest = hashlib.sha256()
+    if isinstance(dataset, Dataset):
+        for table in without_images(dataset).with_format("arrow").iter(batch_size=10_000):
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            row_digest.update(sink.getvalue())
+    names = ("dataset_name", "dataset_config_name", "split", "selection", "threshold", "top_k", "inject_outliers")
+    return {
+        "model": model_digest.hexdigest(),
+        "rows": row_digest.hexdigest(),
+        **{name: getattr(args, name) for name in (*names, "seed", "rows_per_part")},
+    }
 
 
-def _join_parts(parts: Path, output_file: Path) -> None:
-    partial = parts / "joined"
-    with pq.ParquetWriter(partial, SCHEMA) as writer:
-        for part in sorted(parts.glob("*.parquet")):
-            for rows in pq.ParquetFile(part).iter_batches():
-                writer.write_batch(rows)
-    partial.replace(output_file)
-    shutil.rmtree(parts)
+def _open_folder(folder: Path, settings: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    if any(folder.glob("*.parquet")):
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if different := [name for name, value in settings.items() if found.get(name) != value]:
+            raise UserError(
+                f"{folder} holds parts of a prediction that was not finished, with another {', '.join(different)}; "
+                "finish that one with its settings, or remove the folder to start afresh"
+            )
+    partial = folder / "settings.json.partial"
+    partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def _finish(folder: Path, num_rows: int, args: PredictArguments) -> dict[str, float]:
+    """Put the parts together, and their figures; one part after the other, so that little memory is needed."""
+    output_file = Path(args.output_file)
+    parts = part_ranges(0, num_rows, args.rows_per_part)
+    if missing := missing_parts(parts, args):
+        raise UserError(
+            f"{folder} lacks {len(missing)} of {len(parts)} parts, such as {_part_file(folder, missing[0]).name}; "
+            "expected a folder that all processes share"
+        )
+    files = [_part_file(folder, part) for part in parts]
+    num_skipped = _write_skipped(folder / "skipped.csv", files, args)
+    if 0 < num_rows == num_skipped:
+        shutil.rmtree(folder)
+        raise DataError(f"{args.dataset_name}: all {num_rows} rows are bad")
+    with pq.ParquetWriter(folder / "joined", SCHEMA) as writer:
+        for start in range(0, len(files), PARTS_PER_ROW_GROUP):
+            tables = [pq.ParquetFile(file).read() for file in files[start : start + PARTS_PER_ROW_GROUP]]
+            writer.write_table(pa.concat_tables(tables))
+    metrics = combine_metrics(figures["metrics"] for figures in _read_figures(files) if figures["metrics"])
+    if args.inject_outliers is not None and num_rows:
+        num_fooled = sum(figures["num_fooled"] for figures in _read_figures(files))
+        metrics["outlier_percent"] = 100 * num_fooled / (num_rows - num_skipped)
+
+    # What is left of an earlier prediction goes.
+    if num_skipped:
+        (folder / "skipped.csv").replace(skipped_file(output_file))
+    else:
+        skipped_file(output_file).unlink(missing_ok=True)
+    if metrics:
+        write_metrics(metrics_file(output_file), metrics)
+    else:
+        metrics_file(output_file).unlink(missing_ok=True)
+    (folder / "joined").replace(output_file)
+    for file in files:  # before the settings, without which nobody would know what they are
+        file.unlink()
+    shutil.rmtree(folder)
+    return metrics
+
+
+def _write_skipped(path: Path, files: Sequence[Path], args: PredictArguments) -> int:
+    """List the rows that were left out; returns how many they are."""
+    num_skipped = 0
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "item_id", "reason"])
+        for figures in _read_figures(files):
+            for row in figures["skipped"]:
+                if not args.skip_bad_rows:  # an earlier start of the same prediction did
+                    raise _bad_row(args, *row)
+                writer.writerow(row)
+                num_skipped += 1
+    return num_skipped
+
+
+def _read_figures(files: Iterable[Path]) -> Iterator[dict]:
+    for file in files:
+        yield json.loads(pq.read_schema(file).metadata[FIGURES])
+
+
+def _bad_row(args: PredictArguments, index: int, item_id: str | None, reason: str) -> DataError:
+    return DataError(
+        f"{args.dataset_name}: row {index} (item_id {item_id}) has {reason}; --skip_bad_rows true leaves such rows out"
+    )

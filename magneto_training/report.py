@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,12 @@ from modeling_magneto.processing_magneto import normalize_tag
 
 from .arguments import PredictArguments
 from .evaluation import format_metrics
-from .prediction import predict_batches, rows_for_model
+from .prediction import predict_batches, read_skipped, rows_for_model
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 PHOTOGRAPH_SIZE = 256
 CURVE_POINTS = 300
+NUM_SCORES = 10_001  # scores are rounded to as many values for the curve
 
 
 def write_report(
@@ -44,7 +44,7 @@ def write_report(
     Args:
         model: The model that predicted, in eval mode, on the device to use.
         processor: The model's processor.
-        dataset: The rows that were predicted, in the same order.
+        dataset: The rows of the prediction, in the same order, the skipped ones among them.
         args: The arguments of the prediction; `report_images` is the size of the sample.
         metrics: What `predict_dataset` returned.
 
@@ -52,12 +52,13 @@ def write_report(
         The page.
     """
     prediction_file = Path(args.output_file)
-    shown = evenly_spread(len(dataset), args.report_images)
-    totals, items, in_sample = _Totals(), [], set(shown)
-    for index, item in enumerate(_read_predictions(prediction_file, dataset)):
+    in_sample = set(evenly_spread(pq.read_metadata(prediction_file).num_rows, args.report_images))
+    totals, items, shown = _Totals(), [], []
+    for place, (index, *item) in enumerate(_read_predictions(prediction_file, dataset)):
         totals.add(*item)
-        if index in in_sample:
+        if place in in_sample:
             items.append(item)
+            shown.append(index)
     insights = _look_inside(model, processor, dataset, shown, args)
     photographs = _read_photographs(dataset, shown)
     cards = [
@@ -99,10 +100,10 @@ class _Totals:
     num_selected: int = 0
     num_known: int = 0  # images with ground truth, and of these
     num_mistaken: int = 0
-    # For each tag of an image with ground truth; compact, for there may be many millions.
-    scores: array = field(default_factory=lambda: array("f"))
-    selected: bytearray = field(default_factory=bytearray)
-    important: bytearray = field(default_factory=bytearray)
+    # Of the tags of those images, of which there may be many millions: how many there are of each score, and of
+    # [not important, important] ones how many are selected.
+    scores: tuple[list[int], list[int]] = field(default_factory=lambda: ([0] * NUM_SCORES, [0] * NUM_SCORES))
+    selected: list[int] = field(default_factory=lambda: [0, 0])
 
     def add(self, prediction: dict, important: set[str]) -> None:
         kept = set(prediction["selected_tags"])
@@ -112,23 +113,25 @@ class _Totals:
         if important:
             self.num_known += 1
             self.num_mistaken += kept != important
-            self.scores.extend(prediction["scores"])
-            self.selected.extend([tag in kept for tag in prediction["tags"]])
-            self.important.extend([tag in important for tag in prediction["tags"]])
+            for tag, score in zip(prediction["tags"], prediction["scores"], strict=True):
+                self.scores[tag in important][round(score * (NUM_SCORES - 1))] += 1
+                self.selected[tag in important] += tag in kept
 
     def precision_recall(self) -> dict:
         """Precision over recall in percent, over the tags of all images: the curve, and two points beside it."""
-        scores = np.frombuffer(self.scores, dtype=np.float32)
-        selected, important = (np.frombuffer(tags, dtype=bool) for tags in (self.selected, self.important))
-        precision, recall, _ = precision_recall_curve(important, scores, drop_intermediate=True)
+        counts = np.array(self.scores)  # (2, scores)
+        important, rounded = np.indices(counts.shape).reshape(2, -1)
+        precision, recall, _ = precision_recall_curve(
+            important, rounded, sample_weight=counts.flatten(), drop_intermediate=True
+        )
         # The last point, of no tag at all, is a convention; the others go from the lowest threshold to the highest.
         points = 100 * np.stack([recall, precision], axis=1)[:-1]  # (points, 2)
         points = points[evenly_spread(len(points), CURVE_POINTS)]
-        right = np.count_nonzero(important & selected)
+        num_important, right = counts[1].sum(), self.selected[1]
         chosen = None  # with nothing selected there is no precision
-        if selected.any():
-            chosen = (100 * right / np.count_nonzero(important), 100 * right / np.count_nonzero(selected))
-        keep_all = (100.0, 100 * important.mean())
+        if any(self.selected):
+            chosen = (100 * right / num_important, 100 * right / sum(self.selected))
+        keep_all = (100.0, 100 * num_important / counts.sum())
         # The first few tags swing wildly between right and wrong: they do not decide where the axis begins.
         lowest = min([*points[points[:, 0] >= 5, 1], keep_all[1], *([chosen[1]] if chosen else [])])
         return {
@@ -139,17 +142,18 @@ class _Totals:
         }
 
 
-def _read_predictions(prediction_file: Path, dataset: Dataset) -> Iterator[tuple[dict, set[str]]]:
-    """Each image's prediction with its important tags, of which there are none where they are unknown."""
+def _read_predictions(prediction_file: Path, dataset: Dataset) -> Iterator[tuple[int, dict, set[str]]]:
+    """Each image's index in the dataset, its prediction, and its important tags; none where they are unknown."""
     predictions = (row for rows in pq.ParquetFile(prediction_file).iter_batches(1000) for row in rows.to_pylist())
-    if "important_tags" not in dataset.column_names:
-        for prediction in predictions:
-            yield prediction, set()
-        return
-    batches = dataset.select_columns("important_tags").iter(batch_size=1000)
-    truth = (tags for batch in batches for tags in batch["important_tags"])
-    for prediction, important_tags in zip(predictions, truth, strict=True):
-        yield prediction, {normalize_tag(tag) for tag in important_tags or ()}
+    if "important_tags" in dataset.column_names:
+        batches = dataset.select_columns("important_tags").iter(batch_size=1000)
+        truth = (tags for batch in batches for tags in batch["important_tags"])
+    else:
+        truth = (None for _ in range(len(dataset)))
+    skipped = read_skipped(prediction_file)
+    predicted = ((index, tags) for index, tags in enumerate(truth) if index not in skipped)
+    for prediction, (index, important_tags) in zip(predictions, predicted, strict=True):
+        yield index, prediction, {normalize_tag(tag) for tag in important_tags or ()}
 
 
 @dataclass

@@ -5,11 +5,13 @@ is checked once.
 """
 
 import ast
+import contextlib
 import csv
 import hashlib
 import io
 import os
 import re
+import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,14 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+    load_dataset,
+)
 from huggingface_hub import metadata_load
 from PIL import Image
 
@@ -44,13 +53,17 @@ class DataError(UserError):
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_tag_dataset(dataset_name: str, dataset_config_name: str | None = None) -> DatasetDict:
+def load_tag_dataset(
+    dataset_name: str, dataset_config_name: str | None = None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
     """Load a dataset and bring its columns into the project's form.
 
     Args:
         dataset_name: A Hub id, or a folder of Parquet, CSV or JSON files. In a table, `image` may be a path relative
             to the table, and `tags` a list or a text with commas.
         dataset_config_name: A configuration of the dataset, such as `unlabeled`.
+        streaming: Read rows from the files, or from the Hub, each time that they are needed, in place of a copy on the
+            disk; for Parquet files.
 
     Returns:
         All splits, with `item_id` as text, `tags` and `important_tags` as lists of text, and `image` as photographs;
@@ -63,19 +76,20 @@ def load_tag_dataset(dataset_name: str, dataset_config_name: str | None = None) 
     try:
         tables = _find_tables(folder) if folder.is_dir() else {}
         if not tables:
-            splits = load_dataset(dataset_name, dataset_config_name)
+            splits = load_dataset(dataset_name, dataset_config_name, streaming=streaming)
             parent = folder if folder.is_dir() else None
-            return DatasetDict(
+            return type(splits)(
                 {
                     name: _with_standard_columns(split, f"{dataset_name}, {name}", parent)
                     for name, split in splits.items()
                 }
             )
-        parts: dict[str, list[Dataset]] = {}
+        parts: dict[str, list[Dataset | IterableDataset]] = {}
         for (split, parent), paths in tables.items():  # an image path is relative to its own table
-            part = _load_tables(paths)
+            part = _load_tables(paths, streaming)
             parts.setdefault(split, []).append(_with_standard_columns(part, f"{dataset_name}, {split}", parent))
-        return DatasetDict({split: concatenate_datasets(found) for split, found in parts.items()})
+        joined = {split: concatenate_datasets(found) for split, found in parts.items()}
+        return IterableDatasetDict(joined) if streaming else DatasetDict(joined)
     except DataError:
         raise
     except Exception as error:  # datasets raises errors of many libraries; the user wants to know which dataset
@@ -86,7 +100,7 @@ def load_tag_dataset(dataset_name: str, dataset_config_name: str | None = None) 
         raise DataError(f"the dataset {dataset_name!r} cannot be loaded: {type(cause).__name__}: {reason}") from error
 
 
-def _load_tables(paths: list[Path]) -> Dataset:
+def _load_tables(paths: list[Path], streaming: bool) -> Dataset | IterableDataset:
     builder, options = TABLE_BUILDERS[paths[0].suffix.lower()], {}
     if builder == "csv":
         # Every cell as it is written: an id keeps its zeros, and a tag may be called "null".
@@ -96,7 +110,7 @@ def _load_tables(paths: list[Path]) -> Dataset:
             "features": datasets.Features({name: datasets.Value("string") for name in header}),
             "keep_default_na": False,
         }
-    return load_dataset(builder, data_files=list(map(str, paths)), split="train", **options)
+    return load_dataset(builder, data_files=list(map(str, paths)), split="train", streaming=streaming, **options)
 
 
 def _find_tables(folder: Path) -> dict[tuple[str, Path], list[Path]]:
@@ -137,12 +151,16 @@ def _describes_image_folder(path: Path) -> bool:
         return b"file_name" in file.readline()
 
 
-def _with_standard_columns(dataset: Dataset, where: str, table_folder: Path | None) -> Dataset:
-    features = dict(dataset.features)
+def _with_standard_columns(
+    dataset: Dataset | IterableDataset, where: str, table_folder: Path | None
+) -> Dataset | IterableDataset:
+    features = dict(dataset.features or {})
     text_columns = [
         name for name in ("tags", "important_tags") if name in features and _is_text(features[name])
     ]  # "sky, water" instead of a list
     paths = table_folder is not None and "image" in features and _is_text(features["image"])
+    if isinstance(dataset, IterableDataset) and (text_columns or paths or not features):
+        raise DataError(f"{where}: streaming needs lists of tags and photographs as Parquet files hold them")
     if text_columns or paths:
         dataset = dataset.map(
             _parse_table_rows,
@@ -223,25 +241,28 @@ class RowReport:
         name: The dataset and split, for messages.
         num_rows: Rows checked.
         problems: Problem -> item ids, in the order of the rows.
-        good_rows: Indices of the rows without a problem.
+        bad_rows: Indices of the rows with a problem.
     """
 
     name: str
     num_rows: int
     problems: dict[str, list[str]] = field(default_factory=dict)
-    good_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    bad_rows: list[int] = field(default_factory=list)
+
+    @property
+    def good_rows(self) -> np.ndarray:
+        """Indices of the rows without a problem."""
+        return np.delete(np.arange(self.num_rows), self.bad_rows)
 
     def __str__(self) -> str:
         parts = []
         for problem, items in self.problems.items():
             shown = ", ".join(items[:MAX_REPORTED_ITEMS]) + (", ..." if len(items) > MAX_REPORTED_ITEMS else "")
             parts.append(f"{len(items)} with {problem} (item_id {shown})")
-        return (
-            f"{self.name}: {self.num_rows - len(self.good_rows)} of {self.num_rows} rows are bad: {'; '.join(parts)}"
-        )
+        return f"{self.name}: {len(self.bad_rows)} of {self.num_rows} rows are bad: {'; '.join(parts)}"
 
 
-def check_columns(dataset: Dataset, name: str, columns: Sequence[str]) -> None:
+def check_columns(dataset: Dataset | IterableDataset, name: str, columns: Sequence[str]) -> None:
     """Raise `DataError` for the first of `columns` that the dataset lacks."""
     for column in columns:
         if column not in dataset.column_names:
@@ -270,7 +291,7 @@ def check_rows(
         checked = checked.cast_column("image", datasets.Image(decode=False))
     large = len(dataset) > ROWS_PER_CHECKING_PROCESS  # less is checked before another process has started
     checked = checked.with_format("arrow").map(
-        _find_problems,
+        find_problems,
         batched=True,
         fn_kwargs={"allow_unlabeled": allow_unlabeled},
         remove_columns=columns,
@@ -278,21 +299,26 @@ def check_rows(
         num_proc=min(os.cpu_count() or 1, 1 + len(dataset) // ROWS_PER_CHECKING_PROCESS) if large else None,
         desc=f"Checking {name}",
     )
-    problems = pc.fill_null(_column(checked, "problem"), "").to_numpy(zero_copy_only=False)
-    report = RowReport(name, len(dataset), good_rows=np.flatnonzero(problems == ""))
-    item_ids = _column(checked, "item_id")
-    for index in np.flatnonzero(problems != ""):
-        report.problems.setdefault(problems[index], []).append(str(item_ids[int(index)].as_py()))
+    report, start = RowReport(name, len(dataset)), 0
+    for rows in checked.with_format("arrow").iter(batch_size=10_000):
+        bad = np.flatnonzero(pc.is_valid(rows["problem"]).to_numpy())
+        for row in rows.take(bad).to_pylist():
+            report.problems.setdefault(row["problem"], []).append(str(row["item_id"]))
+        report.bad_rows += (start + bad).tolist()
+        start += len(rows)
     return report
 
 
-def _column(dataset: Dataset, name: str) -> pa.Array:
-    column = dataset.with_format("arrow")[:][name]
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+def find_problems(rows: pa.Table, allow_unlabeled: bool) -> pa.Table:
+    """Check some rows. Works on Arrow columns: 30 million tags take seconds.
 
+    Args:
+        rows: `item_id` and `tags`; `important_tags` and undecoded photographs, `image`, where they are to be checked.
+        allow_unlabeled: `important_tags` may be empty.
 
-def _find_problems(rows: pa.Table, allow_unlabeled: bool) -> pa.Table:
-    """The first problem of each row, or null. Works on Arrow columns: 30 million tags take seconds."""
+    Returns:
+        For each row its first `problem`, or null, and its `item_id`.
+    """
     problems = np.full(len(rows), None, dtype=object)
 
     def report(bad: np.ndarray, problem: str) -> None:
@@ -332,18 +358,34 @@ def _encode(
     return pc.list_parent_indices(lists).to_numpy(), codes[indices], names, lengths
 
 
+def read_photograph(image: dict | None) -> Image.Image | None:
+    """Decode and turn upright a photograph that `datasets` has left undecoded; none where it cannot be read."""
+    with _unreadable_photographs_are_skipped():
+        return datasets.Image().decode_example(image)
+    return None
+
+
 def _is_readable(image: dict | None) -> bool:
     if image is None:
         return False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-                opened.draft("RGB", (64, 64))  # a truncated file shows at any scale, and a small one is quick
-                opened.load()
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return False
-    return True
+    with _unreadable_photographs_are_skipped():
+        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+            opened.draft("RGB", (64, 64))  # a truncated file shows at any scale, and a small one is quick
+            opened.load()
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _unreadable_photographs_are_skipped():
+    """All that the libraries say of a photograph that cannot be read, or is too large to be one."""
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    with (
+        contextlib.suppress(OSError, ValueError, SyntaxError, TypeError, struct.error, *bombs),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def checked_split(
@@ -364,7 +406,7 @@ def checked_split(
         return dataset
     if not skip_bad_rows:
         raise DataError(f"{report}; --skip_bad_rows true leaves them out")
-    if not len(report.good_rows):
+    if len(report.bad_rows) == report.num_rows:
         raise DataError(f"{report}; none is left")
     print(f"{report}; left out", flush=True)
     return dataset.select(report.good_rows)

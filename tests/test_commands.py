@@ -165,7 +165,8 @@ def test_predictions_of_two_processes_equal_those_of_one(trained_dir, dataset_di
     def predict(launcher, name):
         file = tmp_path / name / "out.parquet"
         arguments = ["--model_name_or_path", trained_dir, "--dataset_name", dataset_dir, "--output_file", file]
-        printed = run_well(launcher, "predict.py", *arguments, "--split", "test", "--batch_size", 4)
+        arguments += ["--split", "test", "--batch_size", 4, "--rows_per_part", 5]  # both processes have parts
+        printed = run_well(launcher, "predict.py", *arguments)
         assert "keep all" in printed and str(file.with_name("report.html")) in printed
         assert {path.name for path in file.parent.iterdir()} == {"out.parquet", "out.metrics.json", "report.html"}
         return pq.read_table(file).to_pylist(), json.loads(file.with_name("out.metrics.json").read_text())

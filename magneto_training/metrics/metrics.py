@@ -18,7 +18,9 @@ Returns:
     recall, f1: means over all images; the F1 of an image with nothing selected is 0.
     keep_all_precision, keep_all_recall, keep_all_f1: the same, with every tag selected.
     reducible_f1, keep_all_reducible_f1: F1 over the images with an unimportant tag; nan if there is none.
-    num_images: the number of images.
+    num_images: the number of images, the weight of the means over all images.
+    num_selected_images: the number of images with at least one selected tag, the weight of precision.
+    num_reducible_images: the number of images with an unimportant tag, the weight of the figures over those.
 Examples:
     >>> metric = evaluate.load("magneto_training/metrics")
     >>> results = metric.compute(predictions=[[1, 0, 0], [1]], references=[[1, 1, 0], [1]])
@@ -72,6 +74,8 @@ class TagSummarization(evaluate.Metric):
             "reducible_f1": _percent(f1[reducible]),
             "keep_all_reducible_f1": _percent(keep_all_f1[reducible]),
             "num_images": num_images,
+            "num_selected_images": int(np.count_nonzero(~np.isnan(precision))),
+            "num_reducible_images": int(np.count_nonzero(reducible)),
         }
 
 

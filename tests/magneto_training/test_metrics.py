@@ -12,6 +12,7 @@ from transformers import EvalPrediction
 
 from magneto_training import evaluation
 from magneto_training.evaluation import (
+    combine_metrics,
     compute_metrics,
     evaluate_selection,
     format_metrics,
@@ -57,6 +58,8 @@ def plain_loop(batch) -> dict[str, float]:
         "reducible_f1": figures([batch[index] for index in reducible])[2],
         "keep_all_reducible_f1": figures([keep_all[index] for index in reducible])[2],
         "num_images": len(batch),
+        "num_selected_images": sum(any(selected for selected, _ in tags) for tags in batch),
+        "num_reducible_images": len(reducible),
     }
 
 
@@ -130,6 +133,20 @@ def test_the_streams_get_their_own_f1():
     results = evaluate_selection(selected, labels)
 
     assert (results["f1"], results["tag_f1"], results["image_f1"]) == (100, 50, 0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(images, st.data())
+def test_the_metrics_of_parts_are_combined_to_those_of_the_whole(batch, data):
+    def evaluate_part(part):
+        selected, labels = [[np.array([tag[kind] for tag in tags]) for tags in part] for kind in (0, 1)]
+        return evaluate_selection({"logits": selected, "tag_logits": selected}, labels)
+
+    cut = data.draw(st.integers(0, len(batch)))
+
+    combined = combine_metrics(evaluate_part(part) for part in (batch[:cut], batch[cut:]) if part)
+
+    assert combined == pytest.approx(evaluate_part(batch), nan_ok=True)
 
 
 @pytest.mark.parametrize("streams", ["both", "image", "tag"])

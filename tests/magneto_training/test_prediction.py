@@ -95,14 +95,12 @@ def test_rows_without_ground_truth_can_be_predicted(tmp_path, columns):
     assert dataset.column_names == ["item_id", "tags"]
 
 
-def test_bad_rows_stop_or_are_skipped(tmp_path):
+def test_bad_tags_stop_before_anything_is_predicted(tmp_path):
     rows = [{"item_id": "a", "tags": ["x"]}, {"item_id": "b", "tags": []}]
     Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
 
     with pytest.raises(DataError, match="1 with no tags .item_id b."):
         load_prediction_split(make_args(tmp_path), use_images=False)
-    kept = load_prediction_split(make_args(tmp_path, skip_bad_rows=True), use_images=False)
-    assert kept["item_id"][:] == ["a"]
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring

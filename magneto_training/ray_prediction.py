@@ -1,0 +1,87 @@
+"""The parts of a prediction, made by the workers of a Ray cluster (predict.py --engine ray).
+
+Ray Data hands out the numbers of the rows, not the rows: each worker reads its own, and writes the parts itself. So
+dataset, model and output folder must be where every machine finds them, on the Hub or in a folder that all share.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import ray
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from .arguments import PredictArguments, UserError
+from .prediction import load_model, load_prediction_split, missing_parts, part_ranges, predict_parts, rows_for_model
+
+TASKS_PER_WORKER = 32  # a task may be several parts; few enough that handing them out costs nothing
+
+
+class _Worker:
+    """Loads the model once, and makes a part for each row of a batch."""
+
+    def __init__(self, args: PredictArguments):
+        self.args = args
+        self.model, self.processor = load_model(args.model_name_or_path)
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")  # Ray shows a worker its own GPU
+        dataset = load_prediction_split(args, self.processor.use_images)
+        self.rows = rows_for_model(dataset, self.processor, args)
+
+    def __call__(self, batch: dict) -> dict:
+        # After the loss of a machine Ray does a task again, with the parts that had been made.
+        parts = missing_parts(map(range, batch["start"].tolist(), batch["stop"].tolist()), self.args)
+        try:
+            for _ in predict_parts(self.model, self.processor, self.rows, parts, self.args):
+                pass
+        except UserError as error:  # to be told in one line, which Ray would not do
+            return {"num_rows": [0], "error": [str(error)]}
+        return {"num_rows": [int(sum(batch["stop"] - batch["start"]))], "error": [""]}
+
+
+def predict_parts_with_ray(dataset: Dataset, args: PredictArguments) -> None:
+    """Make the missing parts on all GPUs, or CPUs where there are none, of the cluster of `RAY_ADDRESS`, or else of
+    this machine.
+
+    Args:
+        dataset: The rows to predict.
+        args: The arguments of the prediction.
+
+    Raises:
+        UserError: As `predict_parts`.
+    """
+    parts = missing_parts(part_ranges(0, len(dataset), args.rows_per_part), args)
+    if not parts:
+        return
+    if not ray.is_initialized():
+        ray.init()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    resources = ray.cluster_resources()
+    num_cpus, num_gpus = 1 + args.num_workers, int(resources.get("GPU", 0))
+    num_workers = min(num_gpus or max(1, int(resources["CPU"]) // num_cpus), len(parts))
+    tasks = ray.data.from_items(
+        [{"start": part.start, "stop": part.stop} for part in parts],
+        override_num_blocks=min(TASKS_PER_WORKER * num_workers, len(parts)),
+    )
+    results = tasks.map_batches(
+        _Worker,
+        fn_constructor_args=[_with_absolute_paths(args)],
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        num_cpus=num_cpus,
+        num_gpus=1 if num_gpus else 0,
+    )
+    with tqdm(total=sum(map(len, parts)), unit="image", desc=f"Predicting with {num_workers} workers") as progress:
+        for result in results.iter_rows():
+            if result["error"]:
+                raise UserError(result["error"])
+            progress.update(result["num_rows"])
+
+
+def _with_absolute_paths(args: PredictArguments) -> PredictArguments:
+    """Workers have a working directory of their own."""
+    names = ("model_name_or_path", "dataset_name", "output_file")
+    paths = {name: Path(getattr(args, name)) for name in names}
+    return dataclasses.replace(
+        args, **{name: str(path.absolute()) for name, path in paths.items() if path.exists() or name == "output_file"}
+    )

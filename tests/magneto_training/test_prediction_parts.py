@@ -1,0 +1,312 @@
+"""Large predictions: parts, resuming, skipped rows, streams; the result is the same whatever happened on the way."""
+
+import csv
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+from accelerate import Accelerator
+from conftest import make_rows
+from datasets import Dataset
+
+from magneto_training.arguments import PredictArguments, UsageError, UserError
+from magneto_training.prediction import (
+    describe_files,
+    load_prediction_split,
+    parts_folder,
+    predict_dataset,
+    predict_parts,
+    read_skipped,
+    rows_for_model,
+)
+from magneto_training.report import write_report
+from magneto_training.tag_data import DataError
+from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
+
+ROOT = Path(__file__).parents[2]
+NUM_ROWS = 22
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    return make_rows(NUM_ROWS, seed=5)
+
+
+@pytest.fixture
+def predict(tiny_model, processor, tmp_path):
+    """Predicts rows; returns what OUT.parquet holds, and the metrics."""
+
+    def predict(rows: list[dict], name: str = "out", model=tiny_model, **options):
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        features = datasets.Features(
+            item_id=datasets.Value("string"),
+            image=datasets.Image(),
+            tags=datasets.List(datasets.Value("string")),
+            important_tags=datasets.List(datasets.Value("string")),
+        )
+        Dataset.from_list(rows, features=features).to_parquet(folder / "test.parquet")
+        options = {"batch_size": 4, "rows_per_part": 6, **options}
+        predict.args = PredictArguments("model", str(folder), str(tmp_path / f"{name}.parquet"), **options)
+        predict.dataset = load_prediction_split(predict.args, processor.use_images)
+        metrics = predict_dataset(Accelerator(cpu=True), model, processor, predict.dataset, predict.args)
+        return pq.read_table(predict.args.output_file).to_pylist(), metrics
+
+    return predict
+
+
+def assert_same(found: list[dict], expected: list[dict]) -> None:
+    assert [row["item_id"] for row in found] == [row["item_id"] for row in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one["tags"] == other["tags"] and one["selected_tags"] == other["selected_tags"]
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+
+
+def break_photograph(row: dict) -> dict:
+    return {**row, "image": {"bytes": b"no photograph", "path": None}}
+
+
+class WatchedModel(MagnetoForTagSummarization):
+    """Stands in for a process that is killed: fails after some batches. Knows how many tags the images had."""
+
+    batches_left = 1000
+
+    def forward(self, input_ids, attention_mask, **kwargs):
+        if self.batches_left == 0:
+            raise KeyboardInterrupt
+        self.batches_left -= 1
+        self.lengths += attention_mask.sum(1).tolist()
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+
+@pytest.fixture
+def watched_model(tiny_model) -> WatchedModel:
+    model = WatchedModel(tiny_model.config).eval()
+    model.load_state_dict(tiny_model.state_dict())
+    model.lengths = []
+    return model
+
+
+# ----------------------------------------------------------------------------------------------- whatever the settings
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rows_per_part": 1}, {"rows_per_part": 1000}, {"batch_size": 1}, {"num_workers": 2}, {"streaming": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("inject_outliers", [None, 0.5])
+def test_results_and_metrics_are_the_same_whatever_the_way(predict, rows, options, inject_outliers):
+    expected, metrics = predict(rows, inject_outliers=inject_outliers)
+    found, same_metrics = predict(rows, "other", inject_outliers=inject_outliers, **options)
+
+    assert [row["item_id"] for row in expected] == [row["item_id"] for row in rows]
+    assert_same(found, expected)
+    assert same_metrics == pytest.approx(metrics, nan_ok=True)
+    assert metrics["num_images"] == NUM_ROWS and ("outlier_percent" in metrics) == (inject_outliers is not None)
+
+
+def test_rows_of_a_batch_have_about_as_many_tags(predict, rows, watched_model):
+    predict(rows, model=watched_model, rows_per_part=100)
+
+    assert watched_model.lengths == sorted(len(row["tags"]) for row in rows)
+
+
+def test_a_stream_needs_parquet(predict, rows, tmp_path):
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "test.csv").write_text("item_id,tags\na,x\n")
+    args = PredictArguments("model", str(tmp_path / "csv"), "out.parquet", streaming=True)
+
+    with pytest.raises(DataError, match="streaming needs .* Parquet"):
+        load_prediction_split(args, use_images=False)
+
+
+def test_ray_does_not_stream():
+    with pytest.raises(UsageError, match="streaming"):
+        PredictArguments("model", "data", "out.parquet", streaming=True, engine="ray")
+
+
+# ------------------------------------------------------------------------------------------------------------ bad rows
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"streaming": True}], ids=str)
+def test_an_unreadable_photograph_stops_with_its_item_id(predict, rows, tmp_path, options):
+    rows[13] = break_photograph(rows[13])
+
+    with pytest.raises(
+        DataError, match="row 13 .item_id im13. has an unreadable photograph; --skip_bad_rows"
+    ) as caught:
+        predict(rows, **options)
+
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"streaming": True}], ids=str)
+def test_bad_rows_are_skipped_listed_and_counted(predict, rows, tmp_path, options):
+    expected, _ = predict(rows, "all")
+    bad = list(rows)
+    for index in (2, 12, 13, 14, 15, 16, 17):  # all of the third part
+        bad[index] = break_photograph(bad[index])
+    bad[7] = {**bad[7], "tags": []}
+    bad[21] = {**bad[21], "important_tags": ["purple"]}
+
+    found, metrics = predict(bad, skip_bad_rows=True, **options)
+
+    gone = [2, 7, 12, 13, 14, 15, 16, 17, 21]
+    assert_same(found, [row for index, row in enumerate(expected) if index not in gone])
+    assert metrics["num_images"] == NUM_ROWS - len(gone)
+    with (tmp_path / "out.skipped.csv").open(newline="") as file:
+        listed = [tuple(row.values()) for row in csv.DictReader(file)]
+    reasons = {7: "no tags", 21: "important_tags that are not among tags"}
+    assert listed == [(str(i), f"im{i}", reasons.get(i, "an unreadable photograph")) for i in gone]
+    assert describe_files(predict.args).endswith(f"9 rows were left out: {tmp_path / 'out.skipped.csv'}")
+
+    predict(rows)
+    assert not (tmp_path / "out.skipped.csv").exists() and not read_skipped(tmp_path / "out.parquet")
+
+
+def test_the_report_shows_the_rows_that_were_predicted(tiny_model, processor, predict, rows, tmp_path):
+    for index in (0, 5, 6):
+        rows[index] = break_photograph(rows[index])
+    rows = [{**row, "important_tags": row["tags"][:1]} for row in rows]
+    _, metrics = predict(rows, skip_bad_rows=True, selection="threshold", threshold=0.0)
+
+    write_report(tiny_model, processor, predict.dataset, predict.args, metrics)
+
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == NUM_ROWS - 3  # nobody's photograph is missing
+    for index, row in enumerate(rows):
+        assert (f">{row['item_id']}<" in page) == (index not in (0, 5, 6))
+
+
+def test_without_a_good_row_there_is_no_result(predict, rows, tmp_path):
+    with pytest.raises(DataError, match="all 22 rows are bad"):
+        predict([break_photograph(row) for row in rows], skip_bad_rows=True)
+
+    assert not list(tmp_path.glob("out*"))
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_interrupted_prediction_goes_on_where_it_was(predict, rows, watched_model, tmp_path, streaming):
+    expected, metrics = predict(rows, "whole", inject_outliers=0.5, streaming=streaming)
+    watched_model.batches_left = 5  # two a part: the third is begun
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(rows, model=watched_model, inject_outliers=0.5, streaming=streaming)
+    folder = parts_folder(str(tmp_path / "out.parquet"))
+    assert len(list(folder.glob("*.parquet"))) == 2 and not (tmp_path / "out.parquet").exists()
+
+    watched_model.batches_left = 3  # just enough for the third, and the fourth with its 4 rows
+    found, same_metrics = predict(rows, model=watched_model, inject_outliers=0.5, streaming=streaming)
+    assert_same(found, expected)
+    assert same_metrics == metrics == json.loads((tmp_path / "out.metrics.json").read_text())
+    assert not folder.exists() and watched_model.batches_left == 0
+
+
+def test_parts_may_be_made_by_anybody_in_any_order(tiny_model, processor, predict, rows, watched_model):
+    expected, metrics = predict(rows, "whole")
+    watched_model.batches_left = 0
+    with pytest.raises(KeyboardInterrupt):
+        predict(rows, model=watched_model)
+
+    reader = rows_for_model(predict.dataset, processor, predict.args)
+    for part in (range(18, 22), range(6, 12)):
+        assert sum(predict_parts(tiny_model, processor, reader, [part], predict.args)) == len(part)
+
+    watched_model.batches_left = 4  # two each for the other two
+    found, same_metrics = predict(rows, model=watched_model)
+    assert_same(found, expected)
+    assert same_metrics == metrics
+
+
+def test_parts_of_other_settings_are_not_mixed(predict, rows, watched_model, processor, tmp_path):
+    def interrupt(**options):
+        watched_model.batches_left = 2
+        with pytest.raises(KeyboardInterrupt):
+            predict(rows, model=watched_model, **options)
+        watched_model.batches_left = 100
+
+    interrupt()
+    for options, name in (
+        ({"threshold": 0.4}, "threshold"),
+        ({"rows_per_part": 5}, "rows_per_part"),
+        ({"inject_outliers": 1.0, "seed": 3}, "inject_outliers, seed"),
+    ):
+        with pytest.raises(UserError, match=f"out.parquet.parts holds .* with another {name}; .* remove the folder"):
+            predict(rows, model=watched_model, **options)
+    with pytest.raises(UserError, match="with another rows;"):
+        predict([*rows[:3], {**rows[3], "item_id": "new"}, *rows[4:]], model=watched_model)
+    processor.selection = {"rule": "top_k", "top_k": 2}
+    with pytest.raises(UserError, match="with another model;"):
+        predict(rows, model=watched_model)
+    processor.selection = {"rule": "threshold", "threshold": 0.5}
+    with pytest.raises(UserError, match="with another model;"):
+        predict(rows, model=MagnetoForTagSummarization(watched_model.config).eval())  # other weights
+
+    predict(rows, model=watched_model, batch_size=3, num_workers=1)  # these change no result
+    assert not parts_folder(str(tmp_path / "out.parquet")).exists()
+
+
+def test_skipping_may_begin_later_but_not_end_unnoticed(predict, rows, watched_model):
+    rows[20] = break_photograph(rows[20])
+    with pytest.raises(DataError, match="im20"):
+        predict(rows)
+    watched_model.batches_left = 1  # the others are there
+    found, _ = predict(rows, model=watched_model, skip_bad_rows=True)
+    assert len(found) == NUM_ROWS - 1
+
+    rows[1] = break_photograph(rows[1])
+    watched_model.batches_left = 3
+    with pytest.raises(KeyboardInterrupt):
+        predict(rows, model=watched_model, skip_bad_rows=True)
+    rows[20] = make_rows(NUM_ROWS, seed=5)[20]
+    watched_model.batches_left = 100
+    with pytest.raises(DataError, match="row 1 .item_id im1. has an unreadable photograph"):
+        predict(rows, model=watched_model)
+
+
+# ------------------------------------------------------------------------------------------------------------- killing
+
+
+def test_every_row_is_there_exactly_once_after_kills_at_random_moments(tiny_model, processor, tmp_path):
+    tiny_model = MagnetoForTagSummarization(MagnetoConfig(**{**tiny_model.config.to_dict(), "streams": "tag"}))
+    processor.use_images = False
+    for part in (tiny_model, processor):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    rows = Dataset.from_list([{**row, "image": None} for row in make_rows(400)]).remove_columns("image")
+    rows.to_parquet(tmp_path / "data" / "test.parquet")
+    output_file = tmp_path / "out.parquet"
+    command = [sys.executable, str(ROOT / "predict.py"), "--model_name_or_path", str(tmp_path / "model")]
+    command += ["--dataset_name", str(tmp_path / "data"), "--output_file", str(output_file)]
+    command += ["--rows_per_part", "5", "--report_images", "0"]
+    folder, rng = parts_folder(str(output_file)), random.Random(0)
+
+    for wanted in (1, 20, 45):  # parts, and then any moment while the next ones are made
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while len(list(folder.glob("*.parquet"))) < wanted:
+            assert process.poll() is None, process.stderr.read().decode()[-2000:]
+            time.sleep(0.001)
+        time.sleep(0.02 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not output_file.exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert done.returncode == 0 and f"400 images: {output_file}" in done.stdout, done.stderr[-2000:]
+    predicted = pq.read_table(output_file).to_pylist()
+    assert [row["item_id"] for row in predicted] == rows["item_id"][:]
+    assert [row["tags"] for row in predicted] == rows["tags"][:]
+    assert json.loads((tmp_path / "out.metrics.json").read_text())["num_images"] == 400
+    assert not folder.exists()
