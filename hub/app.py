@@ -50,8 +50,9 @@ element.addEventListener("click", event => {
 """
 # However long the list of tags, the heat map stays in sight.
 CSS = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1080px !important; margin: 0 auto !important; overflow: clip !important; }
 #heat-map { position: sticky; top: 8px; z-index: 1; }
+@media (max-width: 640px) { #heat-map { height: 220px !important; } }
 footer { display: none !important; }
 """
 
@@ -144,7 +145,7 @@ def heat_map(square: Image.Image, attention: list[list[float]]) -> Image.Image:
     heat = np.asarray(Image.fromarray(heat / heat.max()).resize(square.size, Image.Resampling.BILINEAR))  # (S, S)
     steps = np.linspace(0, 1, len(RAMP))
     colours = [np.interp(heat, steps, channel) for channel in zip(*RAMP, strict=True)]
-    layer = Image.fromarray(np.stack(colours, axis=-1).astype(np.uint8), "RGBA")
+    layer = Image.fromarray(np.stack(colours, axis=-1).astype(np.uint8))
     return Image.alpha_composite(square.convert("RGBA"), layer).convert("RGB")
 
 
@@ -160,9 +161,12 @@ def show(ranked: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, Any]]:
 
 def describe_rule(selection: dict[str, Any]) -> str:
     """The rule that a model brings along."""
-    if selection["rule"] == "threshold":
-        return f"a score of at least {selection['threshold']:.2f}"
-    return selection["rule"].replace("_", " ")
+    words = {
+        "threshold": "a score of at least {threshold:.2f}",
+        "top_k": "the {top_k} best",
+        "expected_f1": "the highest expected F1",
+    }
+    return words[selection["rule"]].format(**{"threshold": 0.5, **selection})
 
 
 def build(summarizer: Pipeline, name: str) -> gr.Blocks:
@@ -196,8 +200,9 @@ def build(summarizer: Pipeline, name: str) -> gr.Blocks:
         ranked = gr.State()
         gr.Markdown(
             "# Which tags matter?\n"
-            f"Drop a {'photograph and its' if use_images else 'set of'} many tags: the ones that say what it is about "
-            f"are marked. Model: {html.escape(name)}, [MAGNeto](https://arxiv.org/abs/2011.04349)."
+            f"{'Drop a photograph and type its' if use_images else 'Type the'} many tags: "
+            "the ones that say what the photograph is about are marked. "
+            f"Model: {html.escape(name)}, [MAGNeto](https://arxiv.org/abs/2011.04349)."
         )
         with gr.Row():
             with gr.Column():

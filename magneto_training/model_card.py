@@ -65,9 +65,8 @@ def write_model_card(
         model_args, data_args, training_args: The run's arguments.
     """
     pretrained = isinstance(data_args, PretrainingDataArguments)
-    dataset_name = (
-        Path(data_args.dataset_name).name if Path(data_args.dataset_name).exists() else data_args.dataset_name
-    )
+    is_local = Path(data_args.dataset_name).exists()
+    dataset_name = Path(data_args.dataset_name).resolve().name if is_local else data_args.dataset_name
     model_name = repo_id.rpartition("/")[2]
     timm_weights = processor.use_images and model_args.backbone_weights == "pretrained" and "." in config.backbone
     card_data = ModelCardData(
@@ -76,6 +75,7 @@ def write_model_card(
         pipeline_tag="zero-shot-image-classification",
         license="apache-2.0",
         base_model=f"timm/{config.backbone}" if timm_weights else None,
+        datasets=None if is_local else [dataset_name],
         tags=["magneto", "extractive-tags-summarization", "image-tagging"],
         eval_results=[
             EvalResult(
@@ -124,5 +124,5 @@ def name_model(card: ModelCard, repo_id: str) -> None:
     card.data.model_name = name
     text = card.text.replace(f"# {old_name}\n", f"# {name}\n", 1)
     text = re.sub(r'((?:from_pretrained\(|model=)")[^"]+', rf"\g<1>{repo_id}", text)
-    text = re.sub(r"(--init_from )\S+", rf"\g<1>{repo_id}", text)
+    text = re.sub(r"(--init_from |magneto_training\.export )\S+", rf"\g<1>{repo_id}", text)
     card.content = f"---\n{card.data.to_yaml()}\n---\n{text}"

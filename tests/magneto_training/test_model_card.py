@@ -1,12 +1,18 @@
+import ast
 import math
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from conftest import draw
 from huggingface_hub import ModelCard
 
 from magneto_training import model_card
 from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, ModelArguments
-from magneto_training.model_card import write_model_card
-from modeling_magneto import MagnetoConfig, MagnetoProcessor
+from magneto_training.export import export_onnx
+from magneto_training.model_card import name_model, write_model_card
+from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
 
 FIGURES = {
     "num_images": 13,
@@ -103,15 +109,70 @@ def test_a_local_folder_is_named_without_its_path(make_card, tmp_path):
     assert "`photos`" in text and str(tmp_path) not in text
 
 
+def python_blocks(card: ModelCard) -> list[str]:
+    return [block.split("```")[0] for block in card.text.split("```python\n")[1:]]
+
+
 @pytest.mark.parametrize("use_images", [True, False])
 def test_the_code_in_the_card_is_python(make_card, use_images):
-    text = make_card(use_images=use_images, hub_model_id="someone/my-model").text
+    blocks = python_blocks(make_card(use_images=use_images, hub_model_id="someone/my-model"))
 
-    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    assert len(blocks) == 2 and 'pipeline("tag-summarization", model="someone/my-model"' in blocks[0]
     for code in blocks:
         compile(code, "README.md", "exec")
-        assert '"someone/my-model"' in code and ("photo.jpg" in code) == use_images
+    assert len(blocks) == (4 if use_images else 3)
+    assert 'pipeline("tag-summarization", model="someone/my-model"' in blocks[0]
+    assert 'AutoModel.from_pretrained("someone/my-model"' in blocks[1]
+    assert ("photo.jpg" in blocks[0] and "photo.jpg" in blocks[1]) == use_images
+
+
+def test_the_code_in_the_card_runs(make_card, tiny_config, tmp_path, monkeypatch, capsys):
+    card = make_card()
+    model = MagnetoForTagSummarization(MagnetoConfig(**{**tiny_config.to_dict(), "vocab_size": 7})).eval()
+    processor = MagnetoProcessor.from_vocabulary(["sea", "it's", 'a "b"', "sun", "wood"], image_size=32)
+    model.save_pretrained(tmp_path / "my-model")
+    processor.save_pretrained(tmp_path / "my-model")
+    export_onnx(model, tmp_path / "model.onnx")
+    draw([], ["red"]).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+
+    for code in python_blocks(card)[:3]:  # the endpoint has its own tests
+        exec(code, names)
+
+    assert set(ast.literal_eval(capsys.readouterr().out.splitlines()[-1])) <= set(names["tags"])
+    expected = torch.sigmoid(names["outputs"].logits)
+    np.testing.assert_allclose(names["scores"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["someone/photos", "photos: 2", "it's #1", '"quoted"', "*", "2024", "été"])
+def test_any_name_of_a_dataset_makes_valid_metadata(make_card, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if "/" not in name:
+        (tmp_path / name).mkdir()
+
+    card = make_card(dataset_name=name)
+
+    assert {result.dataset_name for result in card.data.eval_results} == {name}
+    assert card.data.datasets == (["someone/photos"] if "/" in name else None)
+    assert ModelCard(card.content).data.to_dict() == yaml.safe_load(card.content.split("---\n")[1])
+
+
+def test_a_card_is_given_another_name(make_card):
+    card = make_card(hub_model_id="someone/my-model")
+    expected = make_card(hub_model_id="other-one/its-name").content
+
+    name_model(card, "other-one/its-name")
+
+    assert card.content == expected
+    name_model(card, "other-one/its-name")
+    assert card.content == expected
+
+
+def test_the_limits_are_told(make_card):
+    limits = " ".join(make_card().text.split("## Limits")[1].split("## Citation")[0].split())
+
+    for words in ("The vocabulary is closed: 5 tags", "scored as `[UNK]`", "Flickr", "prejudices"):
+        assert words in limits
 
 
 CALIBRATED = {
