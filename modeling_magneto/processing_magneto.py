@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerFast, ProcessorMixin
@@ -184,6 +185,8 @@ class MagnetoProcessor(ProcessorMixin):
         images = make_flat_list_of_images(self.image_processor.fetch_images(images))
         if len(images) != expected:
             raise ValueError(f"found {len(images)} photographs for {expected} lists of tags, expected as many")
+        # Upright, as `datasets` and pipelines read photographs: a camera may have been held otherwise.
+        images = [ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image for image in images]
         return self.image_processor(images, return_tensors="pt", **images_kwargs)["pixel_values"]
 
     def _labels(self, tags, important_tags, truncation: bool, shape: torch.Size) -> torch.Tensor:

@@ -349,3 +349,12 @@ def test_unknown_ground_truth_is_ignored(processor):
     images = [Image.new("RGB", (40, 40))] * 2
     labels = processor(images, [["red", "blue"], ["red"]], [[], ["red"]])["labels"]
     assert labels.tolist() == [[-100, -100], [1, -100]]
+
+
+def test_photographs_are_turned_upright(processor):
+    upright = photograph()
+    turned = upright.rotate(90, expand=True)
+    turned.getexif()[0x0112] = 6  # the camera says: turn it clockwise
+    expected = processor(upright, ["blue"])["pixel_values"]
+    assert torch.equal(processor(turned, ["blue"])["pixel_values"], expected)
+    assert turned.size == (48, 64), "the caller's photograph stays as it is"
