@@ -106,8 +106,9 @@ def compute_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[s
     results = _evaluate_rule(arrays, labels, PAPER_RULE)
     if config.streams == "both":
         objective = OBJECTIVES[config.objective]
-        for loss, name in (("final_loss", "logits"), ("tag_loss", "tag_logits"), ("image_loss", "image_logits")):
-            results[loss] = objective(torch.from_numpy(arrays[name]), torch.from_numpy(labels)).item()
+        with torch.no_grad():  # of the whole split, in each process: nothing to share
+            for loss, name in (("final_loss", "logits"), ("tag_loss", "tag_logits"), ("image_loss", "image_logits")):
+                results[loss] = objective(torch.from_numpy(arrays[name]), torch.from_numpy(labels)).item()
         results["mean_gate"] = float(arrays["gate"][labels != IGNORED_LABEL].mean())
     return results
 

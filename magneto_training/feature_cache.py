@@ -18,12 +18,13 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -86,7 +87,8 @@ def build_feature_caches(
         training_args: `cached_views`, `feature_cache_dir`, and the batch size, workers and precision of the run.
 
     Raises:
-        UserError: The backbone is not frozen, the disk is too small, or a feature is beyond float16.
+        UsageError: The backbone is not frozen.
+        UserError: The disk is too small, a feature is beyond float16, or the processes do not share the folder.
     """
     if model.config.num_trainable_backbone_stages:
         raise UsageError(
@@ -105,6 +107,12 @@ def build_feature_caches(
     for builder in builders.values():
         builder.build(state)
     state.wait_for_everyone()
+    for builder in builders.values():
+        if missing := builder.missing(builder.all_files()):
+            raise UserError(
+                f"{builder.folder} lacks {len(missing)} files that another process has made; "
+                "expected a --feature_cache_dir that all processes share"
+            )
     return {name: FeatureCache(builder.files) for name, builder in builders.items()}
 
 
@@ -140,17 +148,16 @@ class _Builder:
             for view in range(num_views)
         ]
 
-    def missing(self) -> list[tuple[int, int]]:
-        """View and number of each file that is not there yet."""
-        return [
-            (view, number)
-            for view, files in enumerate(self.files)
-            for number, path in enumerate(files)
-            if not path.exists()
-        ]
+    def all_files(self) -> list[tuple[int, int]]:
+        """View and number of each file."""
+        return [(view, number) for view, files in enumerate(self.files) for number in range(len(files))]
+
+    def missing(self, files: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those of the files that are not there yet."""
+        return [(view, number) for view, number in files if not self.files[view][number].exists()]
 
     def num_missing_rows(self) -> int:
-        return sum(len(self._row_numbers(number)) for _, number in self.missing())
+        return sum(len(self._row_numbers(number)) for _, number in self.missing(self.all_files()))
 
     def num_bytes_per_row(self) -> int:
         with torch.inference_mode():
@@ -160,7 +167,8 @@ class _Builder:
     def build(self, state: PartialState) -> None:
         """Make this process's share of the missing files."""
         self.feature_extractor.to(state.device)
-        share = self.missing()[state.process_index :: state.num_processes]
+        # Shared out before looking: what is missing changes while the others are at work.
+        share = self.missing(self.all_files()[state.process_index :: state.num_processes])
         total = sum(len(self._row_numbers(number)) for _, number in share)
         hidden = not state.is_local_main_process or self.training_args.disable_tqdm or not total
         with tqdm(total=total, unit="image", desc="Caching features", disable=hidden) as progress:
@@ -170,7 +178,11 @@ class _Builder:
                     if not path.exists():
                         features = self._features(view, number, progress, state.device)
                         partial = path.with_suffix(".partial")
-                        save_file({"features": features}, partial)
+                        try:
+                            save_file({"features": features}, partial)
+                        except (OSError, SafetensorError) as error:
+                            partial.unlink(missing_ok=True)
+                            raise UserError(f"the feature cache {path} cannot be written: {error}") from None
                         partial.replace(path)
 
     def _row_numbers(self, number: int) -> range:
@@ -251,10 +263,16 @@ def _fingerprint(rows: Dataset, transform: dict, model: MagnetoPreTrainedModel, 
     for name, tensor in model.base_model.image_feature_extractor.backbone.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     photographs = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    digests = photographs.with_format("arrow").map(  # kept by `datasets`: a second run need not read them again
+    # Kept by `datasets`: a second run need not read them again, unless they are files, which may have changed.
+    in_table = not any(
+        pc.struct_field(batch["image"], "bytes").null_count
+        for batch in photographs.with_format("arrow").iter(batch_size=10_000)
+    )
+    digests = photographs.with_format("arrow").map(
         _digest_photographs,
         batched=True,
         remove_columns="image",
+        load_from_cache_file=in_table,
         features=datasets.Features({"digest": datasets.Value("binary")}),
         desc="Reading photographs",
     )

@@ -7,12 +7,13 @@ OUT/results.json, results.md, figure_3.png, figure_4.png, figure_8.png
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
@@ -38,6 +39,11 @@ from .figures import plot_curves, save_figure
 from .tag_data import DataError, load_tag_dataset
 
 ROOT = Path(__file__).parent.parent
+# Settings that are another one's for each run, or nobody's business in a file of results.
+OF_ONE_RUN = {
+    *("output_dir", "seed", "run_name", "init_from", "resume_from_checkpoint"),
+    *("push_to_hub", "hub_model_id", "hub_token"),
+}
 METRICS = ("precision", "recall", "f1", "reducible_f1")
 
 # Table 2: architecture -> what differs from the settings given.
@@ -94,12 +100,21 @@ class Run:
         return self.folder / self.label
 
     @property
-    def is_complete(self) -> bool:
-        return (self.output_dir / "metrics.json").is_file()
+    def settings_file(self) -> Path:
+        return self.folder / f"{self.label}.yaml"
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        return {**self.settings, "output_dir": str(self.output_dir)}
+
+    @property
+    def metrics_file(self) -> Path:
+        """What a run writes when it is complete."""
+        return self.output_dir / "metrics.json"
 
     def metrics(self) -> dict[str, float]:
         """Of the test split, or of the validation split where there is no other."""
-        splits = json.loads((self.output_dir / "metrics.json").read_text(encoding="utf-8"))
+        splits = json.loads(self.metrics_file.read_text(encoding="utf-8"))
         return splits.get("test", splits["validation"])
 
     def history(self) -> list[dict[str, float]]:
@@ -174,7 +189,9 @@ class Reproduction:
             "num_train_epochs": self.args.pretraining_epochs or self.base.get("num_train_epochs"),
             "outlier_ratio": self.args.pretraining_outlier_ratio,
         }
-        settings = {name: value for name, value in {**self.base, **own}.items() if name in known and value is not None}
+        settings = {**self.base, **ARCHITECTURES[MAIN], **own}
+        settings = {name: value for name, value in settings.items() if name in known and value is not None}
+        settings.pop("metric_for_best_model", None)  # of another task
         return [self._with_seed("pretraining", seed, "pretrain.py", settings) for seed in self.args.seeds]
 
     def _run(self, name: str, seed: int, changes: dict[str, Any]) -> Run:
@@ -213,7 +230,9 @@ class Reproduction:
     def _all_runs(groups: Iterable[list[Run]]) -> list[Run]:
         return list({run.label: run for runs in groups for run in runs}.values())
 
-    def _in_stages(self, make, stages: list[list[Run]], what: str) -> None:
+    def _in_stages(self, make: Callable[[Run], Run], stages: list[list[Run]], what: str) -> None:
+        for run in itertools.chain(*stages):
+            _check_settings(run)
         with tqdm(total=sum(map(len, stages)), desc=what) as progress:
             for stage in stages:
                 with ThreadPoolExecutor(self.args.num_parallel_runs) as pool:
@@ -231,17 +250,20 @@ class Reproduction:
     def _test_outliers(self, run: Run) -> Run:
         """Section 5.1: strange tags are put among the images' own, the same ones for every model."""
         output_file = self._outlier_file(run)
-        if not output_file.with_suffix(".metrics.json").is_file():
-            output_file.parent.mkdir(parents=True, exist_ok=True)
-            options = {
-                "model_name_or_path": run.output_dir,
-                "dataset_name": self.data_args.dataset_name,
-                "dataset_config_name": self.data_args.dataset_config_name,
-                "split": self.split,
-                "output_file": output_file,
-                "inject_outliers": self.args.outlier_ratio,
-                "report_images": 0,
-            }
+        metrics_file, settings_file = output_file.with_suffix(".metrics.json"), output_file.with_suffix(".yaml")
+        options = {
+            "model_name_or_path": str(run.output_dir),
+            "dataset_name": self.data_args.dataset_name,
+            "dataset_config_name": self.data_args.dataset_config_name,
+            "split": self.split,
+            "output_file": str(output_file),
+            "inject_outliers": self.args.outlier_ratio,
+            "report_images": 0,
+        }
+        # Another ratio, or another training of the model, makes it another test.
+        is_current = metrics_file.is_file() and metrics_file.stat().st_mtime >= run.metrics_file.stat().st_mtime
+        if not (is_current and settings_file.is_file() and _read_settings(settings_file) == options):
+            _write_settings(settings_file, options)
             arguments = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
             _launch("predict.py", arguments, output_file.with_suffix(".log"))
         return run
@@ -355,16 +377,13 @@ class Reproduction:
 
 
 def _train(run: Run) -> Run:
-    settings_file = run.folder / f"{run.label}.yaml"
-    settings = {**run.settings, "output_dir": str(run.output_dir)}
-    if settings_file.exists():
-        _check_settings(settings_file, settings)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    settings_file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    if not run.is_complete:
-        _launch(run.script, [settings_file, "--resume_from_checkpoint", "true"], settings_file.with_suffix(".log"))
-        for checkpoint in run.output_dir.glob("checkpoint-*"):  # of use for an unfinished run only
-            shutil.rmtree(checkpoint)
+    if not run.settings_file.exists():
+        _write_settings(run.settings_file, run.all_settings)
+    if not run.metrics_file.is_file():
+        arguments = [run.settings_file, "--resume_from_checkpoint", "true"]
+        _launch(run.script, arguments, run.settings_file.with_suffix(".log"))
+    for checkpoint in run.output_dir.glob("checkpoint-*"):  # of use for an unfinished run only
+        shutil.rmtree(checkpoint)
     return run
 
 
@@ -378,15 +397,28 @@ def _launch(script: str, arguments: Sequence[Any], log_file: Path) -> None:
         raise UserError(f"{script} failed (see {log_file}): {reason[-300:]}")
 
 
-def _check_settings(settings_file: Path, settings: dict[str, Any]) -> None:
+def _check_settings(run: Run) -> None:
     """A folder of results never mixes runs of different settings."""
-    found = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
-    for name in sorted(found.keys() | settings.keys()):
-        if found.get(name) != settings.get(name):
+    if not run.settings_file.exists():
+        return
+    found, expected = _read_settings(run.settings_file), run.all_settings
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
             raise UserError(
-                f"{settings_file} was made with {name} {found.get(name)!r}, expected {settings.get(name)!r}; "
+                f"{run.settings_file} was made with {name} {found.get(name)!r}, expected {expected.get(name)!r}; "
                 "give another --output_dir, or the same settings"
             )
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def _write_settings(file: Path, settings: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    partial.replace(file)
 
 
 def _settings(*instances) -> dict[str, Any]:
@@ -399,7 +431,7 @@ def _settings(*instances) -> dict[str, Any]:
             value = getattr(instance, field.name)
             if field.init and value != getattr(defaults, field.name):
                 settings[field.name] = value.value if isinstance(value, Enum) else value
-    return {name: value for name, value in settings.items() if name not in ("output_dir", "seed", "run_name")}
+    return {name: value for name, value in settings.items() if name not in OF_ONE_RUN}
 
 
 def _default(name: str) -> Any:

@@ -122,7 +122,8 @@ def _find_tables(folder: Path) -> dict[tuple[str, Path], list[Path]]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     tables = [path for path in files if path.suffix.lower() in TABLE_BUILDERS]
-    tables = [path for path in tables if not path.name.endswith(".metrics.json")]  # what predict.py writes
+    # What predict.py writes is no table of rows.
+    tables = [path for path in tables if not (path.name.endswith(".metrics.json") or path.parent.suffix == ".parts")]
     if _has_configs(folder / "README.md") or any(map(_describes_image_folder, tables)):
         return {}
     kinds = sorted({TABLE_BUILDERS[path.suffix.lower()] for path in tables})

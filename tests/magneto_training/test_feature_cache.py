@@ -107,6 +107,30 @@ def test_an_interrupted_build_goes_on_with_the_missing_files(build, tmp_path):
     assert all(torch.equal(again.read(index, 1), features) for index, features in enumerate(expected))
 
 
+def test_photographs_that_are_files_are_read_anew(build, splits, tmp_path):
+    paths = []
+    for index, row in enumerate(splits["train"]):
+        paths.append(str(tmp_path / f"{index}.png"))
+        row["image"].save(paths[-1])
+    rows = splits["train"].remove_columns("image").add_column("image", paths).cast_column("image", datasets.Image())
+    build(views=1, rows={**splits, "train": rows})
+    folders = set((tmp_path / "cache").iterdir())
+    splits["train"][0]["image"].transpose(0).save(paths[1])
+    build(views=1, rows={**splits, "train": rows})
+    assert len(set((tmp_path / "cache").iterdir()) - folders) == 1
+
+
+def test_processes_share_out_all_files_whatever_the_others_have_made(build, monkeypatch):
+    builders = []
+    monkeypatch.setattr(feature_cache._Builder, "build", lambda self, state: builders.append(self))
+    with pytest.raises(UserError, match="lacks 3 files that another process has made"):
+        build(views=1)
+    builder = builders[0]
+    builder.files[0][0].touch()  # the first of two processes has been at work
+    shares = [builder.missing(builder.all_files()[rank::2]) for rank in (0, 1)]
+    assert shares == [[(0, 2)], [(0, 1)]]
+
+
 def test_other_photographs_or_weights_never_share_files(build, tiny_model, splits, tmp_path):
     build(views=1)
     folders = set((tmp_path / "cache").iterdir())

@@ -131,6 +131,31 @@ def test_runs_of_other_settings_are_never_mixed(commands, prepare):
         prepare(learning_rate=0.5).make_runs()
 
 
+def test_another_ratio_or_another_training_makes_another_outlier_test(commands, prepare, tmp_path):
+    runs = prepare(seeds=[0])
+    runs.make_runs()
+    done = len(commands.calls)
+    runs.args.outlier_ratio = 1.0
+    runs.make_runs()
+    assert [script for script, _ in commands.calls[done:]] == ["predict.py"] * 4
+    shutil.rmtree(tmp_path / "out/runs/MAGNeto_aux_tad_pretrained-0")
+    done = len(commands.calls)
+    runs.make_runs()
+    assert commands.calls[done:] == [
+        ("train.py", "MAGNeto_aux_tad_pretrained-0"),
+        ("predict.py", "MAGNeto_aux_tad_pretrained-0"),
+    ]
+
+
+def test_what_belongs_to_one_run_or_to_nobody_else_is_not_handed_on(commands, prepare, tmp_path):
+    runs = prepare(seeds=[0], hub_token="secret", metric_for_best_model="tag_f1")
+    runs.make_runs()
+    written = "".join(path.read_text() for path in (tmp_path / "out").rglob("*.yaml"))
+    assert "secret" not in written and "tag_f1" in written
+    assert "metric_for_best_model" not in settings_of("pretraining-0", tmp_path)
+    assert settings_of("pretraining-0", tmp_path)["streams"] == "both"
+
+
 def test_results_hold_the_figures_of_the_runs_with_mean_and_deviation(commands, prepare, tmp_path):
     runs = prepare()
     runs.make_runs()

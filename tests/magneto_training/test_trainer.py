@@ -269,5 +269,7 @@ def test_the_backbone_can_have_a_learning_rate_of_its_own(make_trainer):
     assert len(trained) == len(rates)
     assert {rate for name, rate in trained.items() if ".backbone." in name} == {0.25}
     assert {rate for name, rate in trained.items() if ".backbone." not in name} == {0.5}
+    with pytest.raises(UserError, match="backbone_learning_rate is 0.25, but no stage of a backbone is trained"):
+        make_trainer(backbone_learning_rate=0.25).create_optimizer()
     with pytest.raises(UsageError, match="backbone_learning_rate is -1"):
         make_trainer(backbone_learning_rate=-1)
