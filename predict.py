@@ -3,10 +3,6 @@
 accelerate launch predict.py --model_name_or_path M --dataset_name D [--split S] --output_file OUT.parquet
 """
 
-from datetime import timedelta
-
-from accelerate import Accelerator, InitProcessGroupKwargs
-
 from magneto_training.arguments import PredictArguments, parse_arguments, user_errors_in_one_line
 from magneto_training.evaluation import format_metrics
 from magneto_training.prediction import (
@@ -14,6 +10,7 @@ from magneto_training.prediction import (
     describe_files,
     load_model,
     load_prediction_split,
+    new_accelerator,
     predict_dataset,
 )
 from magneto_training.report import write_report
@@ -22,8 +19,7 @@ from magneto_training.report import write_report
 def main() -> None:
     (args,) = parse_arguments((PredictArguments,))
     check_output_file(args)
-    # One process may be done long before another.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
+    accelerator = new_accelerator()
     model, processor = load_model(args.model_name_or_path)
     with accelerator.main_process_first():
         dataset = load_prediction_split(args, processor.use_images)

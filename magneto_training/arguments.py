@@ -195,6 +195,8 @@ class MagnetoTrainingArguments(TrainingArguments):
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
         if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
             raise UsageError(f"optim_args is {self.optim_args!r}, expected name=value, separated by commas")
+        if not torch.accelerator.is_available():  # otherwise several processes would not know of each other
+            self.use_cpu = True
         super().__post_init__()
         if not torch.accelerator.is_available():  # nothing to pin memory for, and PyTorch would warn
             self.dataloader_pin_memory = False

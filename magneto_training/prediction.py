@@ -19,6 +19,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from tqdm.auto import tqdm
@@ -223,6 +224,15 @@ def _read_batch(collate: TagCollator, rows: list[dict]) -> tuple[list[dict], dic
 
 
 # -------------------------------------------------------------------------------------------------------- rows to file
+
+
+def new_accelerator() -> Accelerator:
+    """What this process knows of the others, which may be done long before it, or long after.
+
+    Without an accelerator it has to be told so: otherwise several processes would not know of each other.
+    """
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
 
 
 def predict_dataset(

@@ -3,9 +3,13 @@
 Every function takes logits z, whose sigmoid is the predicted probability, and works in float32 on log-probabilities:
 finite for any logit, whatever autocast does around it. Labels are 1, 0, or -100 for slots that do not count (padding,
 unknown); an image without a single counting tag contributes nothing.
+
+Where several processes train together (DistributedDataParallel), the batch is that of all of them: their gradients are
+those of one process with all of the images, though one process may have more tags than another.
 """
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 
 IGNORED_LABEL = -100
@@ -25,7 +29,7 @@ def bce_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     # An ignored slot's logit is replaced before the loss: multiplying afterwards would let a NaN through.
     logits = logits.float().masked_fill(~real, 0.0)
     losses = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).float(), reduction="none")
-    return (losses * real).sum() / real.sum().clamp(min=1)
+    return _mean(losses, real)
 
 
 def dice_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -43,8 +47,18 @@ def dice_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     truth = labels.clamp(min=0).float()  # (B, L)
     overlap = (probabilities * truth).sum(-1)  # (B,)
     losses = 1 - (2 * overlap + 1) / (probabilities.sum(-1) + truth.sum(-1) + 1)  # (B,)
-    counts = real.any(-1)
-    return (losses * counts).sum() / counts.sum().clamp(min=1)
+    return _mean(losses, real.any(-1))
+
+
+def _mean(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The mean of the losses that count; 0 where none does."""
+    total = counts.sum()
+    num_processes = 1
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # The mean over processes, which is what becomes of the gradients, is to be the mean over all that counts.
+        num_processes = torch.distributed.get_world_size()
+        torch.distributed.all_reduce(total)
+    return num_processes * (losses * counts).sum() / total.clamp(min=1)
 
 
 def bce_dice_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,8 @@ from modeling_magneto import MagnetoForOutlierDetection, MagnetoForTagSummarizat
 
 ROOT = Path(__file__).parent.parent
 ONE_PROCESS = [sys.executable]
-TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+# On CPUs `accelerate launch` starts one process, whatever number it is given; this is torchrun.
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,22 @@ def test_two_processes_train(config_file, tmp_path):
     run_well(TWO_PROCESSES, "train.py", config_file, "--output_dir", tmp_path / "model", "--num_train_epochs", 1)
     metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
     assert metrics["validation"]["num_images"] == 16
+
+
+def test_two_processes_take_the_same_steps_as_one(config_file, tmp_path):
+    # Tags alone: batch norm, and so the image stream, sees only the photographs of its own process.
+    arguments = [config_file, "--streams", "tag", "--dropout", 0, "--tag_add_ratio", 0, "--tag_drop_ratio", 0]
+    arguments += ["--num_train_epochs", 1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_well(ONE_PROCESS, "train.py", *arguments, "--output_dir", one, "--per_device_train_batch_size", 8)
+    run_well(TWO_PROCESSES, "train.py", *arguments, "--output_dir", two, "--per_device_train_batch_size", 4)
+
+    weights, same = (load_file(folder / "model.safetensors") for folder in (one, two))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, same[name], atol=1e-6, rtol=0, msg=name)
+    log, same_log = (json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, two))
+    assert log[0]["step"] == same_log[0]["step"] == 6
+    assert log[0]["final_loss"] == pytest.approx(same_log[0]["final_loss"], abs=1e-5)
 
 
 def test_predictions_of_two_processes_equal_those_of_one(trained_dir, dataset_dir, tmp_path):
