@@ -47,7 +47,8 @@ def main() -> None:
         initialize_model(model, processor, model_args, training_args.seed)
     else:
         check_checkpoint(checkpoint, model.config)
-        model = MagnetoForTagSummarization.from_pretrained(checkpoint)
+        # Into the memory that the interrupted run had: elsewhere, other kernels may round otherwise.
+        model.load_state_dict(MagnetoForTagSummarization.from_pretrained(checkpoint).state_dict())
     features = {}
     if training_args.cached_views and use_images:
         features = build_feature_caches(model, processor, splits, data_args, training_args)

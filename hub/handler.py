@@ -24,6 +24,7 @@ MAX_LABELS = 500
 MAX_LABEL_LENGTH = 200  # characters
 MAX_IMAGE_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000
+MAX_ASPECT_RATIO = 50  # the short side is scaled to the model's size: a line of pixels would become a huge picture
 MAX_BATCH_SIZE = 32
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what browsers and cameras write; Pillow reads many more
 OPTIONS = {"threshold": float, "top_k": int, "selection": str, "return_attention": bool}
@@ -41,8 +42,9 @@ class PreparedRequest:
 class EndpointHandler:
     """Answers requests from any number of threads at a time.
 
-    Each thread reads and prepares its own photograph, so a bad one is its own affair. One more thread runs the model
-    on everything that has been prepared while it was busy with the batch before: nobody waits for a batch to fill.
+    Each thread decodes its own photograph, so a bad one is its own affair; resizing and tokenizing take turns. One
+    more thread runs the model on everything that has been prepared while it was busy with the batch before: nobody
+    waits for a batch to fill.
 
     Args:
         path: The model's folder.
@@ -55,7 +57,7 @@ class EndpointHandler:
         self._collate = pad_collate_fn(self.pipeline.tokenizer, self.pipeline.image_processor)
         # Decoded photographs are large: only as many at a time as there are cores to decode them.
         self._decoding = threading.Semaphore(os.cpu_count() or 1)
-        self._tokenizing = threading.Lock()  # the tokenizer is not made for several threads
+        self._tokenizing = threading.Lock()  # the processor's tokenizer is not made for several threads
         self._prepared: queue.Queue[PreparedRequest] = queue.Queue(maxsize=2 * MAX_BATCH_SIZE)
         threading.Thread(target=self._run_model, name="model", daemon=True).start()
 
@@ -133,6 +135,8 @@ def read_labels(labels: Any) -> list[str]:
     for index, label in enumerate(labels):
         if not isinstance(label, str):
             raise ValueError(f"candidate_labels[{index}] is a {type(label).__name__}, expected text")
+        if any("\ud800" <= character <= "\udfff" for character in label):
+            raise ValueError(f"candidate_labels[{index}] holds half a character, expected text")
         if len(label) > MAX_LABEL_LENGTH:
             raise ValueError(
                 f"candidate_labels[{index}] has {len(label)} characters, expected at most {MAX_LABEL_LENGTH}"
@@ -182,6 +186,10 @@ def open_image(image: Any) -> Image.Image:
     width, height = image.size  # known before anything is decoded
     if width * height > MAX_PIXELS:
         raise ValueError(f"the photograph has {width} x {height} pixels, expected at most {MAX_PIXELS} in all")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"the photograph has {width} x {height} pixels, expected sides of at most 1 : {MAX_ASPECT_RATIO}"
+        )
     try:
         image.load()
     except Exception as error:  # every decoder of Pillow fails in its own way

@@ -72,7 +72,7 @@ def write_model_card(
     card_data = ModelCardData(
         model_name=model_name,
         library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
+        pipeline_tag=None if pretrained else "zero-shot-image-classification",
         license="apache-2.0",
         base_model=f"timm/{config.backbone}" if timm_weights else None,
         datasets=None if is_local else [dataset_name],

@@ -12,6 +12,7 @@ from datasets import Dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
+from transformers import AutoConfig
 
 from .arguments import CommandParser, UsageError, UserError, user_errors_in_one_line
 from .initialization import load_source
@@ -54,12 +55,18 @@ def files_to_publish(folder: Path, repo_id: str, widget_rows: Iterable[dict] = (
         By its path in the repository, each file, or the content that differs from the folder's file.
 
     Raises:
-        UserError: The folder lacks its card.
+        UserError: The folder lacks its card, or code that its configuration names.
     """
     paths = {path.relative_to(folder).as_posix() for pattern in PUBLISHED_FILES for path in folder.glob(pattern)}
     files: dict[str, Path | bytes] = {path: folder / path for path in sorted(paths) if (folder / path).is_file()}
     if "README.md" not in files:
         raise UserError(f"{str(folder)!r} has no README.md, expected the card that training writes")
+    config = AutoConfig.from_pretrained(folder)
+    code = [f"{name.partition('.')[0]}.py" for name in (getattr(config, "auto_map", None) or {}).values()]
+    if getattr(config, "custom_pipelines", None):
+        code += ["pipeline_magneto.py", "handler.py"]
+    if missing := sorted(set(code) - files.keys()):
+        raise UserError(f"{str(folder)!r} lacks {', '.join(missing)}, expected the code that training writes")
     card = ModelCard.load(folder / "README.md")
     name_model(card, repo_id)
     examples = []
@@ -171,7 +178,9 @@ def main() -> None:
             raise UsageError(" ".join(str(error).split())) from None
         if not Path(args.model_dir).is_dir():
             raise UserError(f"{args.model_dir!r} is no folder, expected a trained one")
-        load_source(args.model_dir)  # whoever downloads it can load it, too
+        load_source(args.model_dir)
+        if args.widget_images < 0:
+            raise UsageError(f"widget_images is {args.widget_images}, expected at least 0")
         rows = []
         if args.widget_dataset is not None:
             rows = _load_widget_rows(args.model_dir, args.widget_dataset, args.widget_split, args.widget_images)

@@ -17,7 +17,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors import SafetensorError
 from starlette.exceptions import HTTPException
 
 from .arguments import UserError, user_errors_in_one_line
@@ -42,8 +44,8 @@ def load_handler(model_dir: str) -> Callable[[dict], list[dict]]:
     spec.loader.exec_module(module)
     try:
         return module.EndpointHandler(str(model_dir))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the model {model_dir!r} cannot be loaded: {error}") from error
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"the model {model_dir!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def create_app(handler: Callable[[dict], list[dict]]) -> FastAPI:
@@ -59,8 +61,8 @@ def create_app(handler: Callable[[dict], list[dict]]) -> FastAPI:
     app = FastAPI(title="MAGNeto")
 
     @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}  # not from the pool of threads, which may all be waiting for the model
 
     @app.post("/")
     async def answer(request: Request) -> JSONResponse:

@@ -107,10 +107,13 @@ class MagnetoTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         # Never pushed from here: train.py pushes once, when card and metrics are there too.
         super().save_model(output_dir, _internal_call=True)
-        if self.args.should_save:  # a pickle, and nothing reads it
-            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            # A pickle that nothing reads, and what was made of other weights.
+            for name in (TRAINING_ARGS_NAME, "model.onnx", "model.onnx.data", "calibration.png"):
+                (folder / name).unlink(missing_ok=True)
             if isinstance(self.model, MagnetoForTagSummarization):
-                copy_endpoint(Path(output_dir or self.args.output_dir))
+                copy_endpoint(folder)
 
     def init_hf_repo(self, token=None, private=None):
         with hub_errors(self.args.hub_model_id or self.args.output_dir):

@@ -166,7 +166,7 @@ def select_top_k(scores: torch.Tensor, mask: torch.Tensor, top_k: int) -> torch.
     """
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}, expected at least 1")
-    return (_rank(scores, mask) < top_k) & mask.bool()
+    return (_rank(scores, mask) < min(top_k, scores.shape[-1])) & mask.bool()
 
 
 def select_by_expected_f1(

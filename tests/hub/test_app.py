@@ -106,6 +106,7 @@ def test_the_examples_suit_the_sample_and_are_small():
 def test_the_folder_is_a_space():
     card = SpaceCard.load(HUB / "README.md")
 
+    assert card.data.python_version == "3.11", "an older one has older libraries"
     assert card.data.sdk == "gradio" and (HUB / card.data.app_file).is_file()
     assert len(card.data.short_description) <= 60
     code = (HUB / "app.py").read_text()

@@ -140,6 +140,11 @@ BAD_REQUESTS = {
     "a label is a number": (request(labels=["red", 3]), "candidate_labels[1] is a int"),
     "a label is empty": (request(labels=["red", " "]), "found an empty tag"),
     "a label is long": (request(labels=["red" * 100]), "candidate_labels[0] has 300 characters, expected at most 200"),
+    "half a character": (request(labels=["\ud800"]), "candidate_labels[0] holds half a character"),
+    "a line of pixels": (
+        {"inputs": as_base64(Image.new("RGB", (40_000, 1))), "parameters": {"candidate_labels": ["red"]}},
+        "the photograph has 40000 x 1 pixels, expected sides of at most 1 : 50",
+    ),
     "10,000 labels": (request(labels=[f"tag {i}" for i in range(10_000)]), "found 10000 candidate_labels"),
     "unknown parameter": (request(treshold=0.5), "unknown parameter 'treshold'"),
     "threshold is text": (request(threshold="high"), "threshold is 'high', expected a float"),
