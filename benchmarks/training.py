@@ -1,6 +1,6 @@
 """Training images per second, live and with cached features, against a plain implementation of the paper's recipe.
 
-python benchmarks/training.py [--device cuda]
+python -m benchmarks.training [--device cuda]
 
 ResNet-18, 112 px, batches of 32, 240 x 180 JPEG, tags as in NUS-WIDE (1.6 for an image in the mean, 13 at most, out of
 81). The plain recipe is what the paper describes, written down in the simplest way: eager, float32, photographs
