@@ -75,8 +75,8 @@ class MagnetoTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         learning_rate = self.args.backbone_learning_rate
-        if is_new and learning_rate is not None:
-            if self.model.config.streams == "tag" or not self.model.config.num_trainable_backbone_stages:
+        if is_new and learning_rate is not None and self.model.config.streams != "tag":
+            if not self.model.config.num_trainable_backbone_stages:
                 raise UserError(f"backbone_learning_rate is {learning_rate}, but no stage of a backbone is trained")
             backbone = set(self.model.base_model.image_feature_extractor.backbone.parameters())
             for group in list(optimizer.param_groups):

@@ -229,3 +229,10 @@ def test_a_folder_without_a_card_is_not_published(folder):
 
     with pytest.raises(UserError, match="has no README.md"):
         files_to_publish(folder, "user/tiny")
+
+
+@pytest.mark.parametrize("name", ["modeling_magneto.py", "pipeline_magneto.py", "handler.py"])
+def test_a_folder_without_its_code_is_not_published(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"lacks {name}, expected the code that training writes"):
+        files_to_publish(folder, "user/my_model")

@@ -271,5 +271,17 @@ def test_the_backbone_can_have_a_learning_rate_of_its_own(make_trainer):
     assert {rate for name, rate in trained.items() if ".backbone." not in name} == {0.5}
     with pytest.raises(UserError, match="backbone_learning_rate is 0.25, but no stage of a backbone is trained"):
         make_trainer(backbone_learning_rate=0.25).create_optimizer()
+    make_trainer({"streams": "tag"}, backbone_learning_rate=0.25).create_optimizer()  # one setting for all of table 2
     with pytest.raises(UsageError, match="backbone_learning_rate is -1"):
         make_trainer(backbone_learning_rate=-1)
+
+
+def test_saving_takes_away_what_was_made_of_other_weights(make_trainer, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("model.onnx", "model.onnx.data", "calibration.png", "training_curves.png"):
+        (folder / name).write_text("old")
+    make_trainer().save_model()
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "training_curves.png"} <= names
+    assert names.isdisjoint({"model.onnx", "model.onnx.data", "calibration.png"})

@@ -57,6 +57,10 @@ def test_a_threshold_outside_0_and_1_is_refused(threshold):
         select_by_threshold(torch.rand(1, 2), torch.ones(1, 2), threshold)
 
 
+def test_a_top_k_beyond_any_number_of_tags_keeps_them_all():
+    assert select_top_k(torch.rand(1, 2), torch.ones(1, 2), 10**30).all()
+
+
 def test_a_top_k_below_1_is_refused():
     with pytest.raises(ValueError, match="top_k"):
         select_top_k(torch.rand(1, 2), torch.ones(1, 2), 0)
