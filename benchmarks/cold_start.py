@@ -56,7 +56,9 @@ def main() -> None:
     )
     for name, median in zip(names, medians, strict=True):
         print(f"| {name} | {median:.2f} | {median / medians[0]:.2f} |")
-    print(f"\nratio {medians[-1] / medians[0]:.2f}, expected at most {MAX_RATIO}")
+    ratio = medians[-1] / medians[0]
+    print(f"\nratio {ratio:.2f}, expected at most {MAX_RATIO}")
+    sys.exit(ratio > MAX_RATIO)
 
 
 def run(script: str, arguments: list[str], folder: str) -> float:

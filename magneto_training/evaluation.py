@@ -11,7 +11,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, f1_score
+from torchmetrics.functional.classification import binary_average_precision, binary_f1_score
 from transformers import EvalPrediction
 
 from modeling_magneto import MagnetoConfig
@@ -190,12 +190,14 @@ def compute_detection_metrics(prediction: EvalPrediction, config: MagnetoConfig)
     names = [name for name in output_names(config) if name in ("tag_logits", "image_logits")]
     arrays = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
     real = prediction.label_ids != IGNORED_LABEL
-    outlier = prediction.label_ids[real] == 0
-    results = {"flag_all_f1": 100 * f1_score(outlier, np.ones_like(outlier)), "num_images": len(real)}
+    outlier = torch.from_numpy(prediction.label_ids[real] == 0).int()
+    flag_all_f1 = binary_f1_score(torch.ones_like(outlier), outlier)
+    results = {"flag_all_f1": 100 * flag_all_f1.item(), "num_images": len(real)}
     for name, logits in zip(names, arrays, strict=True):
-        stream, suspicion = name.removesuffix("_logits"), 1 - _sigmoid(logits[real])
-        results[f"{stream}_f1"] = 100 * f1_score(outlier, suspicion > 1 - THRESHOLD, zero_division=0)
-        results[f"{stream}_average_precision"] = 100 * average_precision_score(outlier, suspicion)
+        stream, suspicion = name.removesuffix("_logits"), 1 - torch.from_numpy(_sigmoid(logits[real]))
+        f1 = binary_f1_score((suspicion > 1 - THRESHOLD).int(), outlier)
+        results[f"{stream}_f1"] = 100 * f1.item()
+        results[f"{stream}_average_precision"] = 100 * binary_average_precision(suspicion, outlier).item()
     ranked = [value for name, value in results.items() if name.endswith("average_precision")]
     return {**results, "average_precision": sum(ranked) / len(ranked)}
 

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset
 from PIL import Image, ImageOps
-from sklearn.metrics import precision_recall_curve
 from torch.utils.data import Subset
 
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
@@ -120,12 +119,10 @@ class _Totals:
     def precision_recall(self) -> dict:
         """Precision over recall in percent, over the tags of all images: the curve, and two points beside it."""
         counts = np.array(self.scores)  # (2, scores)
-        important, rounded = np.indices(counts.shape).reshape(2, -1)
-        precision, recall, _ = precision_recall_curve(
-            important, rounded, sample_weight=counts.flatten(), drop_intermediate=True
-        )
-        # The last point, of no tag at all, is a convention; the others go from the lowest threshold to the highest.
-        points = 100 * np.stack([recall, precision], axis=1)[:-1]  # (points, 2)
+        reached = counts.any(axis=0)  # a threshold between two scores adds no point
+        kept = counts[:, reached][:, ::-1].cumsum(axis=1)[:, ::-1]  # (2, points), from the lowest threshold up
+        recall, precision = kept[1] / kept[1, 0], kept[1] / kept.sum(axis=0)
+        points = 100 * np.stack([recall, precision], axis=1)  # (points, 2)
         points = points[evenly_spread(len(points), CURVE_POINTS)]
         num_important, right = counts[1].sum(), self.selected[1]
         chosen = None  # with nothing selected there is no precision
