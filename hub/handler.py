@@ -2,11 +2,12 @@
 
 A request is `{"inputs": photograph, "parameters": {"candidate_labels": [...]}}`, the photograph being base64 text, a
 data URL, or, where the body was an image, a PIL image. The answer is `[{"label", "score", "selected"}, ...]`, best
-first.
+first. Labels come back normalised (Unicode NFKC, case folded, white space collapsed), duplicates once.
 """
 
 import base64
 import binascii
+import copy
 import os
 import queue
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import Pipeline, pipeline
 from transformers.pipelines.base import pad_collate_fn
 
 MAX_LABELS = 500
@@ -42,9 +43,9 @@ class PreparedRequest:
 class EndpointHandler:
     """Answers requests from any number of threads at a time.
 
-    Each thread decodes its own photograph, so a bad one is its own affair; resizing and tokenizing take turns. One
-    more thread runs the model on everything that has been prepared while it was busy with the batch before: nobody
-    waits for a batch to fill.
+    Each thread prepares its own request, so a bad one is its own affair, and a large one holds up no other while
+    there are cores. One more thread runs the model on everything that has been prepared while it was busy with the
+    batch before: nobody waits for a batch to fill.
 
     Args:
         path: The model's folder.
@@ -55,9 +56,13 @@ class EndpointHandler:
         # As the photographs lie in memory: otherwise PyTorch turns every convolution's weights at every call.
         self.pipeline.model.to(memory_format=torch.channels_last)
         self._collate = pad_collate_fn(self.pipeline.tokenizer, self.pipeline.image_processor)
-        # Decoded photographs are large: only as many at a time as there are cores to decode them.
-        self._decoding = threading.Semaphore(os.cpu_count() or 1)
-        self._tokenizing = threading.Lock()  # the processor's tokenizer is not made for several threads
+        # Decoded photographs are large: only as many at a time as there are cores. And each with a processor of its
+        # own, whose tokenizer is not made for several threads.
+        self._preprocessors: queue.SimpleQueue[Pipeline] = queue.SimpleQueue()
+        for _ in range(_count_cores()):
+            preprocessor = copy.copy(self.pipeline)
+            preprocessor.processor = copy.deepcopy(self.pipeline.processor)
+            self._preprocessors.put(preprocessor)
         self._prepared: queue.Queue[PreparedRequest] = queue.Queue(maxsize=2 * MAX_BATCH_SIZE)
         threading.Thread(target=self._run_model, name="model", daemon=True).start()
 
@@ -84,10 +89,12 @@ class EndpointHandler:
         labels = read_labels(parameters.get("candidate_labels"))
         options = read_options(parameters)
 
-        with self._decoding:
-            image = open_image(data.get("inputs")) if self.pipeline.processor.use_images else None
-            with self._tokenizing:
-                inputs = self.pipeline.preprocess({"image": image, "candidate_labels": labels})
+        preprocessor = self._preprocessors.get()
+        try:
+            image = open_image(data.get("inputs")) if preprocessor.processor.use_images else None
+            inputs = preprocessor.preprocess({"image": image, "candidate_labels": labels})
+        finally:
+            self._preprocessors.put(preprocessor)
         request = PreparedRequest(inputs, options.get("return_attention", False))
         self._prepared.put(request)
         return self.pipeline.postprocess(request.outputs.result(), **options)
@@ -109,6 +116,11 @@ class EndpointHandler:
             else:
                 for request, result in zip(requests, results, strict=True):
                     request.outputs.set_result(result)
+
+
+def _count_cores() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _take(outputs: dict[str, Any], index: int) -> dict[str, Any]:
@@ -202,8 +214,9 @@ def _open_base64(text: str) -> Image.Image:
         raise ValueError("inputs is an address, expected the photograph itself as base64 text: nothing is fetched")
     if text.startswith("data:"):
         text = text.partition(",")[2]
-    if len(text) > MAX_IMAGE_BYTES * 4 // 3 + 4:
-        raise ValueError(f"inputs has {len(text)} characters, expected at most {MAX_IMAGE_BYTES} bytes as base64 text")
+    size = len(text) * 3 // 4 - text.count("=", -2)  # four characters are three bytes, less the padding at the end
+    if size > MAX_IMAGE_BYTES:
+        raise ValueError(f"the photograph has {size} bytes, expected at most {MAX_IMAGE_BYTES}")
     try:
         file = BytesIO(base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError):

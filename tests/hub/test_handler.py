@@ -119,6 +119,31 @@ def test_requests_that_come_while_the_model_is_busy_share_a_batch(handler, summa
         assert_same(answer, alone)
 
 
+def test_a_slow_photograph_holds_up_no_other_request(module, folder, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    handler = module.EndpointHandler(str(folder))
+    preprocess, started, released = type(handler.pipeline).preprocess, threading.Event(), threading.Event()
+
+    def preprocess_slowly(self, inputs):
+        if inputs["candidate_labels"] == ["slow"]:
+            started.set()
+            assert released.wait(timeout=60)
+        return preprocess(self, inputs)
+
+    monkeypatch.setattr(type(handler.pipeline), "preprocess", preprocess_slowly)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        try:
+            slow = threads.submit(handler, request(labels=["slow"]))
+            assert started.wait(timeout=60)
+            answers = [threads.submit(handler, request()).result(timeout=60) for _ in range(3)]
+            assert not slow.done()
+        finally:
+            released.set()
+
+    assert [len(answer) for answer in answers] == [3, 3, 3]
+    assert [item["label"] for item in slow.result()] == ["slow"]
+
+
 def test_a_failure_of_the_model_is_told_and_the_next_request_served(handler, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(handler.pipeline, "forward", lambda *_, **__: 1 / 0)
@@ -163,7 +188,11 @@ BAD_REQUESTS = {
     "base64 of something else": (request(inputs=base64.b64encode(b"text" * 99).decode()), "inputs is no photograph"),
     "PostScript": (request(inputs=base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0").decode()), "inputs is no photograph"),
     "cut short": (request(inputs=base64.b64encode(as_bytes(photograph())[:9000]).decode()), "cannot be decoded"),
-    "too large a file": (request(inputs="A" * 27_000_000), "inputs has 27000000 characters"),
+    "too large a file": (
+        request(inputs=base64.b64encode(bytes(20_000_001)).decode()),
+        "the photograph has 20000001 bytes, expected at most 20000000",
+    ),
+    "as large as may be": (request(inputs=base64.b64encode(bytes(20_000_000)).decode()), "inputs is no photograph"),
     "decompression bomb": (request(inputs=base64.b64encode(bomb()).decode()), "has 10000 x 10000 pixels"),
     "file of another kind": (request(inputs=Image.open(io.BytesIO(as_bytes(photograph(), "PPM")))), "is PPM"),
 }
