@@ -1,3 +1,4 @@
+import concurrent.futures
 import http.client
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 import uvicorn
 from small_endpoint import as_base64, as_bytes, bomb, photograph, save_model
 
+from magneto_training import serve
 from magneto_training.arguments import UserError
 from magneto_training.serve import MAX_BODY_BYTES, create_app, load_handler
 
@@ -19,7 +21,7 @@ LABELS = ["red", "blue", "green"]
 GOOD = json.dumps({"inputs": as_base64(photograph()), "parameters": {"candidate_labels": LABELS}}).encode()
 
 
-def serve(app):
+def run_server(app):
     """Runs the app in a thread; yields its port."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -39,13 +41,20 @@ def handler(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def port(handler):
-    yield from serve(create_app(handler))
+    yield from run_server(create_app(handler))
 
 
 def post(port: int, body: bytes, content_type: str | None = "application/json", query: str = "") -> tuple[int, object]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {} if content_type is None else {"Content-Type": content_type}
     connection.request("POST", f"/{query}", body, headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def get(port: int, path: str, method: str = "GET") -> tuple[int, object]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path)
     response = connection.getresponse()
     return response.status, json.loads(response.read())
 
@@ -150,7 +159,16 @@ BAD_REQUESTS = {
         "nothing is fetched",
     ),
     "a form": (b"a=b", "application/x-www-form-urlencoded", "", 415, "expected application/json or an image"),
-    "no image": (b"nothing", "image/jpeg", "?candidate_labels=a", 400, "the body is no photograph"),
+    "no image": (b"nothing", "image/jpeg", "?candidate_labels=a", 400, "no photograph, expected one of JPEG"),
+    "another format": (
+        as_bytes(photograph(), "PPM"),
+        "image/x-portable-pixmap",
+        "?candidate_labels=a",
+        400,
+        "one of JPEG",
+    ),
+    "a large file": (bytes(20_000_001), "image/jpeg", "?candidate_labels=a", 400, "20000001 bytes, expected at most"),
+    "no bytes": (b"", "image/jpeg", "?candidate_labels=a", 400, "no photograph"),
     "image without labels": (as_bytes(photograph()), "image/png", "", 400, "candidate_labels"),
     "bomb": (bomb(), "image/png", "?candidate_labels=a", 400, "10000 x 10000 pixels"),
     "cut short": (as_bytes(photograph())[:9000], "image/png", "?candidate_labels=a", 400, "cannot be decoded"),
@@ -178,10 +196,7 @@ def test_a_body_is_taken_for_json_where_nothing_is_said(port):
 def test_health_and_wrong_addresses(port):
     found = {}
     for method, path in (("GET", "/health"), ("GET", "/nowhere"), ("PUT", "/")):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request(method, path)
-        response = connection.getresponse()
-        found[method, path] = response.status, json.loads(response.read())
+        found[method, path] = get(port, path, method)
 
     assert found["GET", "/health"] == (200, {"status": "ok"})
     assert found["GET", "/nowhere"] == (404, {"error": "Not Found"})
@@ -192,21 +207,46 @@ def test_our_own_failure_is_500_without_details():
     def fails(data):
         raise RuntimeError("secret")
 
-    for port in serve(create_app(fails)):
+    for port in run_server(create_app(fails)):
         assert post(port, GOOD) == (500, {"error": "the server has failed at this request"})
 
 
 def test_many_clients_are_served_at_a_time(port):
     answers = []
-    threads = [threading.Thread(target=lambda: answers.append(post(port, GOOD))) for _ in range(24)]
+    threads = [threading.Thread(target=lambda: answers.append(post(port, GOOD))) for _ in range(48)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
 
-    assert [status for status, _ in answers] == [200] * 24
+    assert [status for status, _ in answers] == [200] * 48
     scores = [[item["score"] for item in answer] for _, answer in answers]
     assert all(found == pytest.approx(scores[0], abs=1e-5) for found in scores)
+
+
+def test_requests_beyond_the_places_wait_and_health_does_not(monkeypatch):
+    monkeypatch.setattr(serve, "MAX_REQUESTS", 2)
+    busy, running, most, released = threading.Semaphore(0), [], [], threading.Event()
+
+    def handler(data):
+        running.append(data)
+        most.append(len(running))
+        busy.release()
+        assert released.wait(timeout=60)
+        running.remove(data)
+        return [data]
+
+    for port in run_server(create_app(handler)):
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            try:
+                answers = [threads.submit(post, port, json.dumps(number).encode()) for number in range(8)]
+                assert busy.acquire(timeout=60) and busy.acquire(timeout=60)
+                assert get(port, "/health") == (200, {"status": "ok"})
+            finally:
+                released.set()
+            assert [answer.result(timeout=60) for answer in answers] == [(200, [number]) for number in range(8)]
+
+    assert max(most) == 2
 
 
 # --------------------------------------------------------------------------------------------------------- the command
