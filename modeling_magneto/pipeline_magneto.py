@@ -45,6 +45,7 @@ class TagSummarizationPipeline(Pipeline):
             selection, threshold, top_k: The rule that selects tags, as in `MagnetoProcessor.post_process`; by
                 default the one that is stored with the processor.
             return_attention: Say for each tag where the model looked, and whether it trusted what it saw.
+            timeout: Seconds to wait for the server of a URL; by default for ever.
             batch_size: Photographs a step; scores do not depend on it.
             num_workers: Processes that read photographs; 0 reads them in this one.
 
@@ -57,8 +58,8 @@ class TagSummarizationPipeline(Pipeline):
             none.
 
         Raises:
-            ValueError: There are no tags, one is empty, or there are not as many lists of tags as photographs; a
-                photograph is missing or cannot be read; the rule's values are out of range.
+            ValueError: There are no tags, one is empty, or there are several lists of them, but not a list of as many
+                photographs; a photograph is missing or cannot be read; the rule's values are out of range.
         """
         if image is None and _is_nested(candidate_labels):
             image = [None] * len(candidate_labels)
@@ -76,6 +77,11 @@ class TagSummarizationPipeline(Pipeline):
             if not image:
                 return []
             image = list(image)
+        elif _is_nested(candidate_labels):
+            raise ValueError(
+                f"found an image of type {type(image).__name__} for several lists of tags, "
+                "expected a list of as many photographs"
+            )
         elif isinstance(image, Iterable) and not (
             isinstance(image, (str, bytes, dict, Dataset)) or is_valid_image(image)
         ):
@@ -91,14 +97,18 @@ class TagSummarizationPipeline(Pipeline):
         threshold: float | None = None,
         top_k: int | None = None,
         return_attention: bool | None = None,
+        timeout: float | None = None,
     ) -> tuple[dict, dict, dict]:
-        preprocessing = {} if candidate_labels is None else {"candidate_labels": candidate_labels}
+        preprocessing = {"candidate_labels": candidate_labels, "timeout": timeout}
+        preprocessing = {name: value for name, value in preprocessing.items() if value is not None}
         attention = {} if return_attention is None else {"return_attention": return_attention}
         rule = {"selection": selection, "threshold": threshold, "top_k": top_k}
         rule = {name: value for name, value in rule.items() if value is not None}
         return preprocessing, attention, {**attention, **rule}
 
-    def preprocess(self, input_: Any, candidate_labels: Sequence[str] | None = None) -> dict[str, Any]:
+    def preprocess(
+        self, input_: Any, candidate_labels: Sequence[str] | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
         """One photograph with its tags -> the model's tensors for a batch of one, and the normalised `tags`."""
         image = input_
         if isinstance(input_, dict):
@@ -109,7 +119,7 @@ class TagSummarizationPipeline(Pipeline):
             tags = normalize_tags(candidate_labels)
         except (TypeError, ValueError) as error:
             raise ValueError(f"candidate_labels: {error}") from None
-        image = None if image is None or not self.processor.use_images else _load_photograph(image)
+        image = None if image is None or not self.processor.use_images else _load_photograph(image, timeout)
         return {"tags": tags, **self.processor(image, tags)}
 
     def _forward(self, input_tensors: dict[str, Any], return_attention: bool = False) -> dict[str, Any]:
@@ -143,16 +153,16 @@ class TagSummarizationPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
 
-def _is_nested(candidate_labels: Sequence | None) -> bool:
-    return bool(candidate_labels) and isinstance(candidate_labels[0], (list, tuple))
+def _is_nested(candidate_labels: Any) -> bool:
+    return isinstance(candidate_labels, Sequence) and isinstance(next(iter(candidate_labels), None), (list, tuple))
 
 
-def _load_photograph(image: Any) -> Image.Image:
+def _load_photograph(image: Any, timeout: float | None) -> Image.Image:
     """Upright, in RGB."""
     try:
         if isinstance(image, bytes):
             image = Image.open(BytesIO(image))
-        return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
+        return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image, timeout)
     except Exception as error:  # a file, a download, base64, and each of Pillow's decoders fail in their own way
         found = repr(image[:60]) if isinstance(image, (str, bytes)) else f"of type {type(image).__name__}"
         raise ValueError(

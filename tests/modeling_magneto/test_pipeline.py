@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -179,6 +180,15 @@ def test_a_photograph_may_come_in_any_form(summarizer, tmp_path, photograph_url,
     assert_same(summarizer(image, candidate_labels=TAGS), summarizer(photograph(), candidate_labels=TAGS))
 
 
+def test_a_server_that_sends_nothing_is_not_waited_for_beyond_the_timeout(summarizer, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/photo.png"
+
+        with pytest.raises(ValueError, match=r"photo.png' cannot be read \(ReadTimeout\)"):
+            summarizer(address, candidate_labels=["red"], timeout=0.1)
+
+
 def test_a_photograph_is_turned_upright(summarizer):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
@@ -263,7 +273,21 @@ def test_datasets_are_streamed(summarizer, kind, batch_size):
         (photograph(), ["red", 3], {}, "candidate_labels: found the tag 3 of type int"),
         (photograph(), 3, {}, "candidate_labels: "),
         (None, ["red"], {}, "images is missing"),
+        ([photograph()] * 3, [["red"], ["blue"]], {}, "found 3 photographs for 2 lists of tags, expected as many"),
         ([photograph()], [["red"], ["blue"]], {}, "found 1 photographs for 2 lists of tags"),
+        (
+            photograph(),
+            [["red"], ["blue"]],
+            {},
+            "an image of type Image for several lists of tags, expected a list of",
+        ),
+        ("photo.jpg", [["red"], ["blue"]], {}, "an image of type str for several lists of tags, expected a list of"),
+        (
+            iter([photograph()]),
+            [["red"], ["blue"]],
+            {},
+            "type list_iterator for several lists of tags, expected a list",
+        ),
         ("no_such_photo.jpg", ["red"], {}, "the photograph 'no_such_photo.jpg' cannot be read"),
         ("A" * 100_000, ["red"], {}, "the photograph 'AAAA"),
         (b"no photograph", ["red"], {}, "the photograph b'no photograph' cannot be read"),
