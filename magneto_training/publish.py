@@ -10,6 +10,7 @@ from random import Random
 
 from datasets import Dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from transformers import AutoConfig
@@ -103,7 +104,7 @@ def publish(
         repo_id: `user/name`; made if it does not exist.
         private: Whether a new repository is private; by default as the owner's settings say.
         token: A login; by default the one of this machine.
-        revision: A branch; by default the main one.
+        revision: A branch, made if it does not exist; by default the main one.
 
     Returns:
         The address of the model.
@@ -115,7 +116,9 @@ def publish(
     with hub_errors(repo_id):
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
-            raise UserError("the model is there already, and public")
+            raise UserError(f"{repo_id} is there already, and public")
+        if revision is not None and not api.revision_exists(repo_id, revision):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         old = [path for path in api.list_repo_files(repo_id, revision=revision) if _is_published(path)]
         operations = [
             *(CommitOperationAdd(path, file) for path, file in files.items()),
@@ -130,8 +133,12 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     """Turns whatever fails between here and the Hub into a `UserError`."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # the Hub's, the network library's, a missing login
-        raise UserError(f"{repo_id}: {' '.join(str(error).split())} (to log in: hf auth login)") from error
+        refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+        hint = " (to log in: hf auth login)" if refused or isinstance(error, LocalTokenNotFoundError) else ""
+        raise UserError(f"{repo_id}: {' '.join(str(error).split())}{hint}") from error
 
 
 def _is_published(path: str) -> bool:

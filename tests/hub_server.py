@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face Hub on this machine, at the level of `huggingface_hub`.
 
 It speaks the part of the Hub's HTTP interface that uploading, listing and downloading need: who am
-I, make a repository, upload modes, LFS upload, commit, repository and file information, download
+I, make a repository or a branch, upload modes, LFS upload, commit, repository and file information, download
 with ranges. Everything is in memory.
 
     with HubServer() as hub:
@@ -36,8 +36,8 @@ class HubServer:
         self.requests: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         self._blobs: dict[str, bytes] = {}
-        # (kind, id) -> commits, oldest first; a commit is (its sha, {path: content}).
-        self._repositories: dict[tuple[str, str], list[tuple[str, dict[str, bytes]]]] = {}
+        # (kind, id) -> branch -> commits, oldest first; a commit is (its sha, {path: content}).
+        self._repositories: dict[tuple[str, str], dict[str, list[tuple[str, dict[str, bytes]]]]] = {}
         self._private: set[tuple[str, str]] = set()
 
     def __enter__(self) -> "HubServer":
@@ -74,17 +74,17 @@ class HubServer:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def files(self, repo_id: str, kind: str = "model") -> dict[str, bytes]:
-        """The files of a repository's newest commit.
+    def files(self, repo_id: str, kind: str = "model", branch: str = "main") -> dict[str, bytes]:
+        """The files of a branch's newest commit.
 
         Raises:
-            KeyError: there is no such repository.
+            KeyError: there is no such repository or branch.
         """
-        return dict(self._repositories[kind, repo_id][-1][1])
+        return dict(self._repositories[kind, repo_id][branch][-1][1])
 
     def commits(self, repo_id: str, kind: str = "model") -> int:
-        """How many commits a repository has had since it was made."""
-        return len(self._repositories[kind, repo_id]) - 1
+        """How many commits a repository's main branch has had since it was made."""
+        return len(self._repositories[kind, repo_id]["main"]) - 1
 
     def is_private(self, repo_id: str, kind: str = "model") -> bool:
         """Whether a repository was made to be private."""
@@ -99,15 +99,24 @@ class HubServer:
                 return False
             if private:
                 self._private.add((kind, repo_id))
-            self._repositories[kind, repo_id] = [(_sha1(repo_id.encode()), {})]
+            self._repositories[kind, repo_id] = {"main": [(_sha1(repo_id.encode()), {})]}
+            return True
+
+    def create_branch(self, kind: str, repo_id: str, branch: str) -> bool:
+        """Makes a branch that starts as the main one is; False if there is one."""
+        with self._lock:
+            branches = self._repositories[kind, repo_id]
+            if branch in branches:
+                return False
+            branches[branch] = list(branches["main"])
             return True
 
     def revision(self, kind: str, repo_id: str, name: str) -> tuple[str, dict[str, bytes]] | None:
         """The commit that is called `name`, a branch or a sha; None if there is none."""
-        commits = self._repositories[kind, repo_id]
-        if name in ("main", "refs/heads/main"):
+        branches = self._repositories[kind, repo_id]
+        if commits := branches.get(name.removeprefix("refs/heads/")):
             return commits[-1]
-        return next((commit for commit in commits if commit[0] == name), None)
+        return next((commit for commits in branches.values() for commit in commits if commit[0] == name), None)
 
     def exists(self, kind: str, repo_id: str) -> bool:
         """Whether there is such a repository."""
@@ -124,10 +133,10 @@ class HubServer:
         self._blobs[oid] = data
         return True
 
-    def commit(self, kind: str, repo_id: str, operations: list[dict]) -> str:
+    def commit(self, kind: str, repo_id: str, operations: list[dict], branch: str = "main") -> str:
         """Applies the operations of a commit; returns its sha."""
         with self._lock:
-            commits = self._repositories[kind, repo_id]
+            commits = self._repositories[kind, repo_id][branch]
             files = dict(commits[-1][1])
             for operation in operations:
                 value = operation["value"]
@@ -244,6 +253,14 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         else:
             self._json(answer | {"error": "You already created this repository"}, 409)
 
+    def create_branch(self, kinds: str, repo_id: str, branch: str) -> None:
+        if not self._logged_in() or not self._find(KINDS[kinds], repo_id, "main"):
+            return
+        if self.hub.create_branch(KINDS[kinds], repo_id, branch):
+            self._json({})
+        else:
+            self._error(409, "Conflict", "Reference already exists")
+
     def validate_yaml(self) -> None:
         self._json({"errors": [], "warnings": []})
 
@@ -287,7 +304,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         if not self._logged_in() or not self._find(kind, repo_id, revision):
             return
         operations = [json.loads(line) for line in self._body.splitlines() if line.strip()]
-        sha = self.hub.commit(kind, repo_id, operations)
+        sha = self.hub.commit(kind, repo_id, operations, revision)
         url = f"{self.hub.endpoint}/{repo_id}/commit/{sha}"
         self._json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
@@ -399,6 +416,7 @@ _PREFIXED = r"(?P<kinds>datasets/|spaces/|)(?P<repo_id>[^/]+/[^/]+)"
 ROUTES = [
     (("GET",), r"/api/whoami-v2", HubRequestHandler.who_am_i),
     (("POST",), r"/api/repos/create", HubRequestHandler.create_repository),
+    (("POST",), rf"/api/{_REPOSITORY}/branch/(?P<branch>[^/]+)", HubRequestHandler.create_branch),
     (("POST",), r"/api/validate-yaml", HubRequestHandler.validate_yaml),
     (
         ("POST",),

@@ -174,7 +174,21 @@ def test_files_of_an_earlier_upload_do_not_stay_and_strangers_do(folder, hub, ru
     assert files.keys() == first.keys() | {"LICENSE", "docs/extra_magneto.py"}
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert run(folder, "user/tiny", "--private") == 1
-    assert "the model is there already, and public" in capsys.readouterr().err.splitlines()[-1]
+    assert capsys.readouterr().err.splitlines()[-1] == "publish: error: user/tiny is there already, and public"
+
+
+@pytest.mark.parametrize("branch", ["v1", "feature/new"])
+def test_a_branch_is_made_where_there_is_none(folder, hub, logged_in, branch):
+    files = files_to_publish(folder, "user/tiny")
+
+    for number in (1, 2):
+        publish.publish({**files, "metrics.json": b"%d" % number}, "user/tiny", revision=branch)
+
+        assert hub.files("user/tiny", branch=branch).keys() == files.keys()
+        assert hub.files("user/tiny", branch=branch)["metrics.json"] == b"%d" % number
+    assert hub.files("user/tiny") == {}
+    publish.publish(files, "user/tiny", revision="main")
+    assert hub.files("user/tiny").keys() == files.keys()
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(folder, hub, run, capsys):
@@ -209,10 +223,13 @@ def test_bad_input_ends_with_one_line(folder, hub, run, tmp_path, monkeypatch, c
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("trouble", ["wrong login", "no network", "offline"])
+@pytest.mark.parametrize("trouble", ["wrong login", "no login", "no network", "offline"])
 def test_a_hub_that_refuses_or_is_not_there_is_told_in_one_line(folder, hub, run, monkeypatch, capsys, trouble):
     if trouble == "wrong login":
         monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    elif trouble == "no login":
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no_token"))
     elif trouble == "no network":
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     else:
@@ -221,7 +238,8 @@ def test_a_hub_that_refuses_or_is_not_there_is_told_in_one_line(folder, hub, run
     assert run(folder, "user/tiny") == 1
 
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("publish: error: user/tiny: ") and message.endswith("(to log in: hf auth login)")
+    assert message.startswith("publish: error: user/tiny: ")
+    assert message.endswith("(to log in: hf auth login)") == (trouble in ("wrong login", "no login"))
 
 
 def test_a_folder_without_a_card_is_not_published(folder):
