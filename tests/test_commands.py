@@ -290,7 +290,7 @@ def test_the_outlier_test_counts_images_that_keep_a_strange_tag(trained_dir, dat
         (["--dataset_name", "missing_folder"], 1, "missing_folder"),
         (["--train_split", "training"], 1, "'training'"),
         (["--widget_images", "-1"], 2, "widget_images"),
-        (["--push_to_hub", "true"], 1, "hf auth login"),
+        (["--push_to_hub", "true"], 1, "offline mode is enabled"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else None,
 )
