@@ -167,7 +167,7 @@ class MagnetoTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = _option(True, "Save the best epoch, not the last one.")
     metric_for_best_model: str | None = _option("f1", "What the best epoch is best in, on validation.")
     greater_is_better: bool | None = _option(True, "Whether more of that is better.")
-    hub_strategy: str = _option("end", "When to push, with --push_to_hub; at the end the folder is complete.")
+    hub_strategy: str = _option("end", "With --push_to_hub, a model is pushed once: at the end, when it is complete.")
     include_for_metrics: list[str] = field(
         default_factory=lambda: ["inputs"], metadata={"help": "Calibration needs to know the tags."}
     )
@@ -193,6 +193,8 @@ class MagnetoTrainingArguments(TrainingArguments):
         for name, lowest in lowest_values.items():
             if getattr(self, name) < lowest:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
+        if self.hub_strategy != "end":  # Trainer would upload whatever lies in output_dir, pickles too
+            raise UsageError(f"hub_strategy is {self.hub_strategy!r}, expected 'end'")
         if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
             raise UsageError(f"optim_args is {self.optim_args!r}, expected name=value, separated by commas")
         if not torch.accelerator.is_available():  # otherwise several processes would not know of each other

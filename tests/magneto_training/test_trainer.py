@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi, RepoUrl
 
 from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UsageError, UserError
 from magneto_training.augmentation import TagAugmentation
@@ -186,6 +187,25 @@ def test_early_stopping(make_trainer):
     trainer.train()
 
     assert trainer.state.epoch == 2  # the second evaluation was no better than the first
+
+
+def test_nothing_is_pushed_during_training(make_trainer, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("https://huggingface.co/user/tiny"))
+    for upload in ("upload_folder", "upload_file", "create_commit"):
+        monkeypatch.setattr(HfApi, upload, lambda *_, **__: pytest.fail("something was pushed"))
+    trainer = make_trainer({"streams": "tag"}, num_train_epochs=2, push_to_hub=True)
+
+    trainer.train()
+    trainer.save_model()
+
+    assert trainer.hub_model_id == "user/tiny"
+    assert list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "sometimes"])
+def test_trainers_own_pushing_is_refused(make_trainer, strategy):
+    with pytest.raises(UsageError, match=f"hub_strategy is '{strategy}', expected 'end'"):
+        make_trainer(push_to_hub=True, hub_strategy=strategy)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
