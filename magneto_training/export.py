@@ -65,8 +65,12 @@ def export_onnx(model: MagnetoForTagSummarization, output_file: Path) -> float:
                 f"the outputs of the exported model differ from PyTorch's by {difference:.1e}, "
                 f"expected at most {TOLERANCE:.0e}"
             )
-        for file in sorted(partial.iterdir(), reverse=True):  # the weights before the model that refers to them
+        written = sorted(partial.iterdir(), reverse=True)  # the weights before the model that refers to them
+        for file in written:
             file.replace(output_file.with_name(file.name))
+        weights = output_file.with_name(output_file.name + ".data")
+        if weights.name not in [file.name for file in written]:  # then they are an earlier, larger model's
+            weights.unlink(missing_ok=True)
     finally:
         shutil.rmtree(partial)
     return difference

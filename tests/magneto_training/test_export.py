@@ -1,3 +1,4 @@
+import functools
 import sys
 
 import numpy as np
@@ -83,6 +84,21 @@ def test_a_model_that_is_not_the_same_in_onnx_runtime_is_not_written(tmp_path, m
         export_onnx(make_model("tag"), tmp_path / "model.onnx")
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["weights beside the model", "weights in it"])
+def test_weights_of_an_earlier_export_do_not_stay(tmp_path, monkeypatch, beside):
+    file, weights = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    file.write_text("earlier model")
+    weights.write_text("earlier weights")
+    if beside:
+        save = torch.onnx.ONNXProgram.save
+        monkeypatch.setattr(torch.onnx.ONNXProgram, "save", functools.partialmethod(save, external_data=True))
+
+    export_onnx(make_model("tag"), file)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"][: 1 + beside]
+    assert onnxruntime.InferenceSession(file).get_outputs()
 
 
 def run(monkeypatch, *arguments) -> int:
