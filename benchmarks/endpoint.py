@@ -1,6 +1,8 @@
 """Loads the endpoint with 32 clients, and compares its throughput with that of one client.
 
 python -m benchmarks.endpoint [MODEL_DIR] [--seconds 30]
+
+The exit status is 1 where requests failed or the ratio of the two is too low.
 """
 
 import argparse
@@ -62,7 +64,10 @@ def main() -> None:
         print(f"| {clients} | {rates[clients]:.1f} | {percentiles[9]:.0f} | {percentiles[18]:.0f} | {len(errors)} |")
         for error in sorted(set(errors)):
             print(f"error: {error}", file=sys.stderr)
-    print(f"\nratio {rates[NUM_CLIENTS] / rates[1]:.2f}, expected at least {MIN_RATIO}")
+    ratio = rates[NUM_CLIENTS] / rates[1]
+    print(f"\nratio {ratio:.2f}, expected at least {MIN_RATIO}")
+    if ratio < MIN_RATIO or any(errors for _, errors in measured.values()):
+        sys.exit(1)
 
 
 def make_model(folder: Path) -> Path:
