@@ -20,6 +20,7 @@ from magneto_training.collation import AugmentedDataset, OutlierCollator, Seeded
 from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics, write_metrics
 from magneto_training.feature_cache import build_feature_caches
 from magneto_training.figures import write_training_curves
+from magneto_training.frozen_backbone import FrozenBackbone
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
 from magneto_training.tag_data import build_vocabulary, load_pretraining_splits
@@ -57,6 +58,9 @@ def main() -> None:
         features = build_feature_caches(model, processor, splits, data_args, training_args)
 
     # Training. The validation split's outliers are the same in every epoch.
+    backbone = FrozenBackbone.for_workers(model, training_args.device, training_args.bf16)
+    train_collator = TagCollator.for_training(processor, data_args, backbone=backbone)
+    eval_collator = TagCollator(processor, backbone=backbone)
     validation = SeededDataset(splits["validation"], training_args.seed, features.get("validation"))
     trainer = MagnetoTrainer(
         model,
@@ -64,8 +68,8 @@ def main() -> None:
         processor,
         train_dataset=AugmentedDataset(splits["train"], training_args.seed, features.get("train")),
         eval_dataset=validation,
-        train_collator=OutlierCollator(TagCollator.for_training(processor, data_args), data_args.outlier_ratio),
-        eval_collator=OutlierCollator(TagCollator(processor), data_args.outlier_ratio),
+        train_collator=OutlierCollator(train_collator, data_args.outlier_ratio),
+        eval_collator=OutlierCollator(eval_collator, data_args.outlier_ratio),
         compute_metrics=compute_detection_metrics,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

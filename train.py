@@ -18,6 +18,7 @@ from magneto_training.collation import AugmentedDataset, SeededDataset, TagColla
 from magneto_training.evaluation import add_stored_rule, compute_metrics, format_metrics, write_metrics
 from magneto_training.feature_cache import build_feature_caches
 from magneto_training.figures import write_training_curves
+from magneto_training.frozen_backbone import FrozenBackbone
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
 from magneto_training.publish import choose_widget_rows
@@ -54,6 +55,7 @@ def main() -> None:
         features = build_feature_caches(model, processor, splits, data_args, training_args)
 
     # Training.
+    backbone = FrozenBackbone.for_workers(model, training_args.device, training_args.bf16)
     tag_augmentation = TagAugmentation(vocabulary, data_args.tag_add_ratio, data_args.tag_drop_ratio)
     train = AugmentedDataset(splits.pop("train"), training_args.seed, features.get("train"))
     evaluated = {name: SeededDataset(rows, training_args.seed, features.get(name)) for name, rows in splits.items()}
@@ -63,8 +65,8 @@ def main() -> None:
         processor,
         train_dataset=train,
         eval_dataset=evaluated["validation"],
-        train_collator=TagCollator.for_training(processor, data_args, tag_augmentation),
-        eval_collator=TagCollator(processor),
+        train_collator=TagCollator.for_training(processor, data_args, tag_augmentation, backbone),
+        eval_collator=TagCollator(processor, backbone=backbone),
         compute_metrics=compute_metrics,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -29,6 +29,7 @@ from magneto_training.augmentation import TagAugmentation
 from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics
 from magneto_training.feature_cache import build_feature_caches
+from magneto_training.frozen_backbone import FrozenBackbone
 from magneto_training.trainer import MagnetoTrainer
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
 
@@ -40,7 +41,7 @@ WARM_UP_STEPS = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -126,6 +127,7 @@ class OurRecipe:
             arguments = MagnetoTrainingArguments(**self.options)
             caches = build_feature_caches(self.model, self.processor, {"train": rows}, self.data_args, arguments)
             features = caches["train"]
+        self.backbone = FrozenBackbone.for_workers(self.model, torch.device(args.device), args.bf16)
         self.rows = AugmentedDataset(rows, 0, features)
 
     def images_per_second(self, num_steps: int) -> float:
@@ -137,7 +139,7 @@ class OurRecipe:
             train_dataset=self.rows,
             eval_dataset=self.rows,
             train_collator=TagCollator.for_training(
-                self.processor, self.data_args, TagAugmentation(VOCABULARY, 0.5, 0.5)
+                self.processor, self.data_args, TagAugmentation(VOCABULARY, 0.5, 0.5), self.backbone
             ),
             eval_collator=TagCollator(self.processor),
             compute_metrics=compute_metrics,

@@ -232,7 +232,10 @@ class PredictArguments:
     )
     seed: int = _option(0, "Decides which tags are injected.")
     batch_size: int = _option(64, "Images a step on each device.")
-    num_workers: int = _option(0, "Processes that read and decode photographs, for each device.")
+    num_workers: int = _option(
+        0, "Processes that read photographs, and without a GPU run the backbone; a good number is that of the cores."
+    )
+    bf16: bool = _option(False, "Compute in bfloat16 where that is safe: about twice as fast, scores differ by 0.01.")
     rows_per_part: int = _option(
         1024, "Rows that are written at a time. A killed prediction goes on at the first part that is not there."
     )

@@ -12,6 +12,7 @@ from modeling_magneto.processing_magneto import normalize_tag, normalize_tags
 from .arguments import RowArguments
 from .augmentation import ImageAugmentation, TagAugmentation, draw_outliers, example_seed
 from .feature_cache import FeatureCache
+from .frozen_backbone import FrozenBackbone
 
 
 class SeededDataset(torch.utils.data.Dataset):
@@ -89,6 +90,7 @@ class TagCollator:
         image_augmentation: Replaces the processor's resizing; for training.
         tag_augmentation: TAD; for training.
         training: Cut lists of tags to the processor's `max_tags`.
+        backbone: Turns photographs into `image_features`, in place of the model.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class TagCollator:
         image_augmentation: ImageAugmentation | None = None,
         tag_augmentation: TagAugmentation | None = None,
         training: bool = False,
+        backbone: FrozenBackbone | None = None,
     ):
         self.processor = processor
         self.tag_processor = MagnetoProcessor(
@@ -105,15 +108,20 @@ class TagCollator:
         self.image_augmentation = image_augmentation
         self.tag_augmentation = tag_augmentation
         self.training = training
+        self.backbone = backbone
 
     @classmethod
     def for_training(
-        cls, processor: MagnetoProcessor, data_args: RowArguments, tag_augmentation: TagAugmentation | None = None
+        cls,
+        processor: MagnetoProcessor,
+        data_args: RowArguments,
+        tag_augmentation: TagAugmentation | None = None,
+        backbone: FrozenBackbone | None = None,
     ) -> "TagCollator":
         """A collator that augments photographs as the arguments say."""
         image_size = processor.image_processor.crop_size["height"]
         image_augmentation = ImageAugmentation(image_size, data_args.min_crop_scale, data_args.auto_augment)
-        return cls(processor, image_augmentation, tag_augmentation, training=True)
+        return cls(processor, image_augmentation, tag_augmentation, training=True, backbone=backbone)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         cached = "image_features" in rows[0]
@@ -133,6 +141,8 @@ class TagCollator:
         batch = dict(processor(images, tags, important_tags, truncation=self.training, **resize))
         if cached:
             batch["image_features"] = torch.stack([row["image_features"] for row in rows])
+        elif self.backbone is not None:
+            batch["image_features"] = self.backbone(batch.pop("pixel_values"))
         return batch
 
     def _augmented_tags(self, tags: list[str], important_tags: list[str], rng: np.random.Generator) -> list[str]:

@@ -9,6 +9,7 @@ The fingerprint is of the photographs, the transform, the backbone and its weigh
 four finds the files of the others, whatever its seed.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -33,6 +34,7 @@ from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
 
 from .arguments import MagnetoTrainingArguments, RowArguments, UsageError, UserError
 from .augmentation import ImageAugmentation, example_seed
+from .frozen_backbone import FrozenBackbone
 
 FORMAT = 1  # a change of this file that changes what is stored makes it 2
 ROWS_PER_FILE = 2048
@@ -128,7 +130,7 @@ class _Builder:
         data_args: RowArguments,
         training_args: MagnetoTrainingArguments,
     ):
-        self.feature_extractor = model.base_model.image_feature_extractor
+        self.model = model
         self.processor = processor
         self.rows = rows
         self.training_args = training_args
@@ -161,22 +163,24 @@ class _Builder:
 
     def num_bytes_per_row(self) -> int:
         with torch.inference_mode():
-            image = torch.zeros(1, 3, self.size, self.size, device=self.feature_extractor.projection.weight.device)
-            return 2 * self.feature_extractor.feature_map(image).numel()
+            image = torch.zeros(1, 3, self.size, self.size, device=self.model.device)
+            return 2 * self.model.base_model.image_feature_extractor.feature_map(image).numel()
 
     def build(self, state: PartialState) -> None:
         """Make this process's share of the missing files."""
-        self.feature_extractor.to(state.device)
         # Shared out before looking: what is missing changes while the others are at work.
         share = self.missing(self.all_files()[state.process_index :: state.num_processes])
+        if not share:
+            return
+        backbone = FrozenBackbone(self.model, state.device, self.training_args.bf16)
         total = sum(len(self._row_numbers(number)) for _, number in share)
-        hidden = not state.is_local_main_process or self.training_args.disable_tqdm or not total
+        hidden = not state.is_local_main_process or self.training_args.disable_tqdm
         with tqdm(total=total, unit="image", desc="Caching features", disable=hidden) as progress:
             for view, number in share:
                 path = self.files[view][number]
                 with FileLock(f"{path}.lock"):  # another run may be at the same file
                     if not path.exists():
-                        features = self._features(view, number, progress, state.device)
+                        features = self._features(view, number, progress, backbone)
                         partial = path.with_suffix(".partial")
                         try:
                             save_file({"features": features}, partial)
@@ -188,24 +192,28 @@ class _Builder:
     def _row_numbers(self, number: int) -> range:
         return range(number * ROWS_PER_FILE, min(len(self.rows), (number + 1) * ROWS_PER_FILE))
 
-    def _features(self, view: int, number: int, progress: tqdm, device: torch.device) -> torch.Tensor:
+    def _features(self, view: int, number: int, progress: tqdm, backbone: FrozenBackbone) -> torch.Tensor:
         """(rows, C, h, w) float16."""
+        in_workers = backbone.device.type == "cpu"
         loader = DataLoader(
             _Views(self.rows, self._row_numbers(number), view),
             batch_size=self.training_args.per_device_eval_batch_size,
             num_workers=self.training_args.dataloader_num_workers,
-            collate_fn=self._pixel_values,
+            collate_fn=functools.partial(self._collate, backbone if in_workers else None),
         )
         parts = []
-        self.feature_extractor.eval()
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.training_args.bf16):
-            for pixel_values in loader:
-                parts.append(self.feature_extractor.feature_map(pixel_values.to(device)).to("cpu", torch.float16))
-                progress.update(len(pixel_values))
+        for batch in loader:
+            parts.append((batch if in_workers else backbone(batch)).to("cpu", torch.float16))
+            progress.update(len(batch))
         features = torch.cat(parts).contiguous()
         if not features.isfinite().all():
             raise UserError("cached_views: a feature of the backbone is beyond what float16 holds; train without it")
         return features
+
+    def _collate(self, backbone: FrozenBackbone | None, rows: list[dict]) -> torch.Tensor:
+        """Photographs to tensors, and with a backbone to feature maps."""
+        pixel_values = self._pixel_values(rows)
+        return pixel_values if backbone is None else backbone(pixel_values)
 
     def _pixel_values(self, rows: list[dict]) -> torch.Tensor:
         if self.augmentation is None:

@@ -40,6 +40,7 @@ from modeling_magneto.modeling_magneto import MagnetoOutput
 from .arguments import PredictArguments, UserError
 from .collation import OutlierDataset, SeededDataset, TagCollator, without_images
 from .evaluation import combine_metrics, evaluate_selection, output_names, write_metrics
+from .frozen_backbone import FrozenBackbone
 from .initialization import load_source
 from .tag_data import DataError, check_columns, checked_split, find_problems, load_tag_dataset, read_photograph
 
@@ -60,7 +61,7 @@ PARTS_PER_ROW_GROUP = 16
 
 
 def load_model(model_name_or_path: str) -> tuple[MagnetoForTagSummarization, MagnetoProcessor]:
-    """A trained model in eval mode and its processor, from a folder or the Hub.
+    """A trained model for inference and its processor, from a folder or the Hub.
 
     Raises:
         UserError: There is no such model, or it is no MAGNeto for tags summarization.
@@ -70,7 +71,7 @@ def load_model(model_name_or_path: str) -> tuple[MagnetoForTagSummarization, Mag
         raise UserError(
             f"{model_name_or_path!r} holds a {type(model).__name__}, expected a MagnetoForTagSummarization"
         )
-    return model.eval(), processor
+    return model.eval().requires_grad_(False), processor
 
 
 def check_output_file(args: PredictArguments) -> None:
@@ -181,6 +182,7 @@ def predict_batches(
     threshold: float | None = None,
     top_k: int | None = None,
     output_attentions: bool = False,
+    bf16: bool = False,
     batches: Iterable[Sequence[int]] | None = None,
 ) -> Iterator[PredictedBatch]:
     """Score the rows batch by batch; nothing is kept.
@@ -193,17 +195,19 @@ def predict_batches(
         num_workers: Processes that read and decode photographs.
         selection, threshold, top_k: As in `MagnetoProcessor.post_process`.
         output_attentions: Whether the outputs tell what each tag looked at.
+        bf16: Whether the model computes in bfloat16 what autocast does.
         batches: The indices of the rows of each batch; by default all rows in their order, `batch_size` at a time.
     """
     if batches is None:
         batches = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
-    collate = functools.partial(_read_batch, TagCollator(processor))
+    backbone = FrozenBackbone.for_workers(model, model.device, bf16)
+    collate = functools.partial(_read_batch, TagCollator(processor, backbone=backbone))
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
     for rows, batch, unreadable in loader:
         if not rows:
             yield PredictedBatch([], [], None, None, unreadable)
             continue
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             outputs = model(
                 **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"},
                 output_attentions=output_attentions,
@@ -380,6 +384,7 @@ def predict_parts(
         args.selection,
         args.threshold,
         args.top_k,
+        bf16=args.bf16,
         batches=plan_batches(),
     )
     for batch in predicted:
@@ -525,7 +530,7 @@ def _settings(
     return {
         "model": model_digest.hexdigest(),
         "rows": row_digest.hexdigest(),
-        **{name: getattr(args, name) for name in (*names, "seed", "rows_per_part")},
+        **{name: getattr(args, name) for name in (*names, "seed", "bf16", "rows_per_part")},
     }
 
 
