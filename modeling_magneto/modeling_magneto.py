@@ -180,7 +180,7 @@ class MagnetoImageFeatureExtractor(nn.Module):
         self.train()
 
     def _find_frozen_modules(self, config: MagnetoConfig) -> list[nn.Module]:
-        """Modules of the backbone all of whose parameters are frozen."""
+        """Modules of the backbone all of whose parameters are frozen; of nested ones the outermost."""
         num_trainable = config.num_trainable_backbone_stages
         trainable: set[str] = set()
         # A model on the meta device is being loaded, and was checked when it was made.
@@ -193,12 +193,13 @@ class MagnetoImageFeatureExtractor(nn.Module):
                 )
             trainable_stages = stages if num_trainable == -1 else stages[len(stages) - num_trainable :]
             trainable.update(*trainable_stages)
-        return [
-            module
-            for prefix, module in self.backbone.named_modules()
-            if (names := {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()})
-            and names.isdisjoint(trainable)
-        ]
+        frozen: dict[str, nn.Module] = {}
+        for prefix, module in self.backbone.named_modules():
+            names = {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
+            is_inside = "" in frozen or any(prefix.startswith(f"{outer}.") for outer in frozen)
+            if names and names.isdisjoint(trainable) and not is_inside:
+                frozen[prefix] = module
+        return list(frozen.values())
 
     def _find_stages(self, config: MagnetoConfig) -> list[set[str]]:
         """Names of the parameters that the feature map depends on, from the stem to the top.
