@@ -230,6 +230,18 @@ def test_parts_may_be_made_by_anybody_in_any_order(tiny_model, processor, predic
     assert same_metrics == metrics
 
 
+def test_bfloat16_changes_scores_a_little(predict, rows):
+    exact, _ = predict(rows)
+    rounded, _ = predict(rows, bf16=True)
+
+    differences = [
+        abs(score - other)
+        for row, other_row in zip(exact, rounded, strict=True)
+        for score, other in zip(row["scores"], other_row["scores"], strict=True)
+    ]
+    assert 0 < max(differences) < 0.02
+
+
 def test_parts_of_other_settings_are_not_mixed(predict, rows, watched_model, processor, tmp_path):
     def interrupt(**options):
         watched_model.batches_left = 2
@@ -240,6 +252,7 @@ def test_parts_of_other_settings_are_not_mixed(predict, rows, watched_model, pro
     interrupt()
     for options, name in (
         ({"threshold": 0.4}, "threshold"),
+        ({"bf16": True}, "bf16"),
         ({"rows_per_part": 5}, "rows_per_part"),
         ({"inject_outliers": 1.0, "seed": 3}, "inject_outliers, seed"),
     ):
