@@ -21,7 +21,7 @@ class SeededDataset(torch.utils.data.Dataset):
     Args:
         dataset: Rows as of `load_tag_dataset`.
         seed: The run's seed.
-        features: Read instead of the photographs; the seed decides which view.
+        features: Drawn from instead of reading the photographs.
         first_index: The index of the first row in the whole dataset, where this is a part of one.
     """
 
@@ -47,7 +47,7 @@ class SeededDataset(torch.utils.data.Dataset):
             row["index"] = self.first_index + index
             row["seed"] = example_seed(self.seed, int(self.epoch), row["index"])
             if self.features is not None:
-                row["image_features"] = self.features.read(index, row["seed"] % self.features.num_views)
+                row["image_features"] = self.features.draw(index, row["seed"])
         return rows
 
 

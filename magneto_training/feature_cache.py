@@ -1,7 +1,7 @@
 """A frozen backbone's feature maps, computed once and read from disk in every epoch and every run (--cached_views).
 
 A frozen backbone makes the same of a photograph in every epoch; only the augmentation differs. So it is run once over
-a number of augmented views of each photograph, and training picks one of them at each turn.
+a number of augmented views of each photograph, and training mixes two of them at each turn.
 
     FEATURE_CACHE_DIR/<fingerprint>/view-<view>-<first row>.safetensors    {"features": (rows, C, h, w) float16}
 
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -67,6 +68,22 @@ class FeatureCache:
             with safe_open(path, "pt") as file:
                 self._open[path] = file.get_tensor("features")
         return self._open[path][index % ROWS_PER_FILE]
+
+    def draw(self, index: int, seed: int) -> torch.Tensor:
+        """What training sees of one photograph at one turn: every region is one of two views', decided by the seed.
+
+        The model attends to regions as a set. A mixture of two views, in any proportion, is a new set of regions of
+        the same photograph, so a few views go as far as fresh ones in every epoch.
+
+        Returns:
+            (C, h, w) float16; where there is one view, that.
+        """
+        if self.num_views == 1:
+            return self.read(index, 0)
+        rng = np.random.default_rng((seed, 2))  # the seed alone and with 1 belong to the augmentation of tags
+        first, second = (self.read(index, view) for view in rng.choice(self.num_views, 2, replace=False))
+        from_first = torch.from_numpy(rng.random(first.shape[1:]) < rng.random())  # (h, w)
+        return torch.where(from_first, first, second)
 
 
 def build_feature_caches(

@@ -67,14 +67,33 @@ def test_each_view_is_the_augmentation_of_its_own_seed(build, tiny_model, proces
         torch.testing.assert_close(cache.read(index, view).float(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_epochs_pick_different_views_and_the_same_ones_again(build, splits):
+def test_every_turn_mixes_two_views_region_by_region(build):
     cache = build(views=4)["train"]
-    rows = AugmentedDataset(splits["train"], seed=0, features=cache)
-    epochs = []
-    for epoch in (0, 1, 0):
-        rows.set_epoch(epoch)
-        epochs.append(torch.stack([rows[index]["image_features"] for index in range(7)]))
-    assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+    drawn = [cache.draw(3, seed) for seed in range(20)]
+
+    assert torch.equal(drawn[5], cache.draw(3, 5))
+    views = [cache.read(3, view) for view in range(4)]
+    pairs = set()
+    for features in drawn:
+        # (views, h, w): which views have just this region
+        origin = torch.stack([(features == view).all(0) for view in views])
+        assert origin.any(0).all()
+        pairs.add(tuple(origin.flatten(1).any(1).nonzero().flatten().tolist()))
+    assert max(map(len, pairs)) <= 2 and len(pairs) > 3
+
+
+def test_epochs_draw_differently_and_the_same_again(build, splits):
+    rows = AugmentedDataset(splits["train"], 0, build(views=4)["train"])
+    first = [row["image_features"] for row in rows.__getitems__([0, 1, 2])]
+    rows.set_epoch(1)
+    second = [row["image_features"] for row in rows.__getitems__([0, 1, 2])]
+    rows.set_epoch(0)
+
+    assert not all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert all(
+        torch.equal(features, row["image_features"])
+        for features, row in zip(first, rows.__getitems__([0, 1, 2]), strict=True)
+    )
 
 
 def test_one_view_is_what_evaluation_sees(build, tiny_model, processor, splits):
