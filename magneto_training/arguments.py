@@ -232,8 +232,8 @@ class PredictArguments:
     )
     seed: int = _option(0, "Decides which tags are injected.")
     batch_size: int = _option(64, "Images a step on each device.")
-    num_workers: int = _option(
-        0, "Processes that read photographs, and without a GPU run the backbone; a good number is that of the cores."
+    num_workers: int | None = _option(
+        None, "Processes that read photographs, and without a GPU run the backbone; by default one for each core."
     )
     bf16: bool = _option(False, "Compute in bfloat16 where that is safe: about twice as fast, scores differ by 0.01.")
     rows_per_part: int = _option(
@@ -259,7 +259,7 @@ class PredictArguments:
             raise UsageError(f"output_file is {self.output_file!r}, expected a name that ends in .parquet")
         lowest_values = {"batch_size": 1, "num_workers": 0, "rows_per_part": 1, "report_images": 0, "seed": 0}
         for name, lowest in lowest_values.items():
-            if getattr(self, name) < lowest:
+            if getattr(self, name) is not None and getattr(self, name) < lowest:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
         if self.streaming and self.engine == "ray":
             raise UsageError("streaming is for --engine accelerate: with ray, each worker reads rows of its own")

@@ -14,6 +14,7 @@ import csv
 import functools
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections import deque
@@ -55,6 +56,8 @@ SCHEMA = pa.schema(
 FIGURES = b"magneto"  # in a part's own metadata: what its rows add to the metrics, and which rows were skipped
 UNREADABLE = "an unreadable photograph"
 PARTS_PER_ROW_GROUP = 16
+# A worker is worth its start when it has some rows to read, and beyond some workers the model cannot keep up.
+ROWS_PER_WORKER, MAX_WORKERS = 256, 16
 
 
 # ------------------------------------------------------------------------------------------------------ what is needed
@@ -363,6 +366,7 @@ def predict_parts(
         DataError: A row is bad, or its photograph cannot be read, and bad rows are not to be skipped.
     """
     folder = parts_folder(args.output_file)
+    parts = list(parts)
     outputs = [name for name in output_names(model.config) if name.endswith("logits")]
     begun: deque[_Part] = deque()  # the data loader asks for batches before it returns the ones before
 
@@ -380,7 +384,7 @@ def predict_parts(
         processor,
         rows,
         args.batch_size,
-        args.num_workers,
+        _count_workers(sum(map(len, parts))) if args.num_workers is None else args.num_workers,
         args.selection,
         args.threshold,
         args.top_k,
@@ -393,6 +397,13 @@ def predict_parts(
         write_complete_parts()
         yield len(batch.rows) + len(batch.unreadable)
     write_complete_parts()
+
+
+def _count_workers(num_rows: int) -> int:
+    """This process's share of the cores, unless there is little to do."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(share, MAX_WORKERS, num_rows // ROWS_PER_WORKER) if share > 1 else 0
 
 
 def _select_by_each(

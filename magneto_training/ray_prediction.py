@@ -57,6 +57,7 @@ def predict_parts_with_ray(dataset: Dataset, args: PredictArguments) -> None:
         ray.init()
     ray.data.DataContext.get_current().enable_progress_bars = False
     resources = ray.cluster_resources()
+    args = dataclasses.replace(args, num_workers=args.num_workers or 0)  # Ray shares out the cores
     num_cpus, num_gpus = 1 + args.num_workers, int(resources.get("GPU", 0))
     num_workers = min(num_gpus or max(1, int(resources["CPU"]) // num_cpus), len(parts))
     tasks = ray.data.from_items(

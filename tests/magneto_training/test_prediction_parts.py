@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from conftest import make_rows
 from datasets import Dataset
 
+from magneto_training import prediction
 from magneto_training.arguments import PredictArguments, UsageError, UserError
 from magneto_training.prediction import (
     describe_files,
@@ -228,6 +229,24 @@ def test_parts_may_be_made_by_anybody_in_any_order(tiny_model, processor, predic
     found, same_metrics = predict(rows, model=watched_model)
     assert_same(found, expected)
     assert same_metrics == metrics
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "num_rows", "expected"),
+    [(8, 1, 100_000, 8), (8, 2, 100_000, 4), (8, 1, 600, 2), (8, 1, 20, 0), (1, 1, 100_000, 0), (96, 1, 100_000, 16)],
+)
+def test_a_process_starts_workers_on_its_share_of_the_cores(
+    tiny_model, processor, tmp_path, monkeypatch, cores, processes, num_rows, expected
+):
+    args = PredictArguments("model", "data", str(tmp_path / "out.parquet"))
+    asked = []
+    monkeypatch.setattr(prediction.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(prediction, "predict_batches", lambda *positional, **_: asked.append(positional[4]) or [])
+
+    assert list(predict_parts(tiny_model, processor, None, [range(num_rows)], args)) == []
+
+    assert asked == [expected]
 
 
 def test_bfloat16_changes_scores_a_little(predict, rows):
