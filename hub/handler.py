@@ -27,6 +27,7 @@ MAX_IMAGE_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000
 MAX_ASPECT_RATIO = 50  # the short side is scaled to the model's size: a line of pixels would become a huge picture
 MAX_BATCH_SIZE = 32
+MAX_PREPROCESSORS = 8  # in a container, a machine's cores may be many more than the container may use
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what browsers and cameras write; Pillow reads many more
 OPTIONS = {"threshold": float, "top_k": int, "selection": str, "return_attention": bool}
 
@@ -53,13 +54,15 @@ class EndpointHandler:
 
     def __init__(self, path: str):
         self.pipeline = pipeline("tag-summarization", model=path, trust_remote_code=True)
-        # As the photographs lie in memory: otherwise PyTorch turns every convolution's weights at every call.
-        self.pipeline.model.to(memory_format=torch.channels_last)
+        for module in self.pipeline.model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                # As the photographs lie in memory: otherwise PyTorch turns the weights at every call.
+                module.to(memory_format=torch.channels_last)
         self._collate = pad_collate_fn(self.pipeline.tokenizer, self.pipeline.image_processor)
         # Decoded photographs are large: only as many at a time as there are cores. And each with a processor of its
         # own, whose tokenizer is not made for several threads.
         self._preprocessors: queue.SimpleQueue[Pipeline] = queue.SimpleQueue()
-        for _ in range(_count_cores()):
+        for _ in range(min(_count_cores(), MAX_PREPROCESSORS)):
             preprocessor = copy.copy(self.pipeline)
             preprocessor.processor = copy.deepcopy(self.pipeline.processor)
             self._preprocessors.put(preprocessor)

@@ -194,6 +194,8 @@ def compute_detection_metrics(prediction: EvalPrediction, config: MagnetoConfig)
     flag_all_f1 = binary_f1_score(torch.ones_like(outlier), outlier)
     results = {"flag_all_f1": 100 * flag_all_f1.item(), "num_images": len(real)}
     for name, logits in zip(names, arrays, strict=True):
+        if not np.isfinite(logits[real]).all():
+            raise UserError(f"the training has diverged: {name} are not finite; expected a smaller learning_rate")
         stream, suspicion = name.removesuffix("_logits"), 1 - torch.from_numpy(_sigmoid(logits[real]))
         f1 = binary_f1_score((suspicion > 1 - THRESHOLD).int(), outlier)
         results[f"{stream}_f1"] = 100 * f1.item()

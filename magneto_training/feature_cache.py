@@ -37,7 +37,7 @@ from .arguments import MagnetoTrainingArguments, RowArguments, UsageError, UserE
 from .augmentation import ImageAugmentation, example_seed
 from .frozen_backbone import FrozenBackbone
 
-FORMAT = 1  # a change of this file that changes what is stored makes it 2
+FORMAT = 2  # a change of this file, or of frozen_backbone.py, that changes what is stored makes it 3
 ROWS_PER_FILE = 2048
 # Views are the same for every seed of training, so that runs share them.
 VIEW_SEED = 0

@@ -56,8 +56,8 @@ SCHEMA = pa.schema(
 FIGURES = b"magneto"  # in a part's own metadata: what its rows add to the metrics, and which rows were skipped
 UNREADABLE = "an unreadable photograph"
 PARTS_PER_ROW_GROUP = 16
-# A worker is worth its start when it has some rows to read, and beyond some workers the model cannot keep up.
-ROWS_PER_WORKER, MAX_WORKERS = 256, 16
+ROWS_PER_WORKER = 64  # at least: starting one takes time
+MAX_WORKERS = 16  # that feed a GPU
 
 
 # ------------------------------------------------------------------------------------------------------ what is needed
@@ -195,7 +195,7 @@ def predict_batches(
         processor: The model's processor.
         dataset: Checked rows, with photographs decoded or not.
         batch_size: Images a step.
-        num_workers: Processes that read and decode photographs.
+        num_workers: Processes that read photographs and, on a CPU, run the backbone.
         selection, threshold, top_k: As in `MagnetoProcessor.post_process`.
         output_attentions: Whether the outputs tell what each tag looked at.
         bf16: Whether the model computes in bfloat16 what autocast does.
@@ -384,7 +384,7 @@ def predict_parts(
         processor,
         rows,
         args.batch_size,
-        _count_workers(sum(map(len, parts))) if args.num_workers is None else args.num_workers,
+        _count_workers(sum(map(len, parts)), model.device) if args.num_workers is None else args.num_workers,
         args.selection,
         args.threshold,
         args.top_k,
@@ -399,11 +399,14 @@ def predict_parts(
     write_complete_parts()
 
 
-def _count_workers(num_rows: int) -> int:
+def _count_workers(num_rows: int, device: torch.device) -> int:
     """This process's share of the cores, unless there is little to do."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(share, MAX_WORKERS, num_rows // ROWS_PER_WORKER) if share > 1 else 0
+    if device.type != "cpu":
+        share = min(share, MAX_WORKERS)
+    num_workers = min(share, num_rows // ROWS_PER_WORKER)
+    return num_workers if num_workers > 1 else 0
 
 
 def _select_by_each(

@@ -21,11 +21,13 @@ from fastapi.responses import JSONResponse
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .arguments import UserError, user_errors_in_one_line
 
 MAX_BODY_BYTES = 32 * 2**20  # the handler's largest photograph as base64 text, and room for the rest
 MAX_REQUESTS = 40  # whose bodies are held at a time, one for each thread of Starlette's pool
+MAX_BODY_SECONDS = 30  # for sending one, so that nobody keeps a place without a request
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +55,9 @@ def create_app(handler: Callable[[dict], list[dict]]) -> FastAPI:
     """The routes: `POST /` for requests, `GET /health`.
 
     A body is JSON, `{"inputs": base64, "parameters": {...}}`, or an image with the parameters in the query string.
-    An error is `{"error": reason}` with status 400 (a bad request), 413 (a body that is too large), 415 (neither JSON
-    nor an image) or 500 (our own mistake). No more than `MAX_REQUESTS` are read and answered at a time; the others
-    wait unread.
+    An error is `{"error": reason}` with status 400 (a bad request), 408 (a body that is too slow), 413 (one that is
+    too large), 415 (neither JSON nor an image) or 500 (our own mistake). No more than `MAX_REQUESTS` are read and
+    answered at a time; the others wait unread.
 
     Args:
         handler: Called from several threads at a time; raises `ValueError` for a bad request.
@@ -71,7 +73,13 @@ def create_app(handler: Callable[[dict], list[dict]]) -> FastAPI:
     async def answer(request: Request) -> JSONResponse:
         content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         async with places:
-            body = await _read_body(request)
+            try:
+                async with asyncio.timeout(MAX_BODY_SECONDS):
+                    body = await _read_body(request)
+            except TimeoutError:
+                raise HTTPException(408, f"the body took more than {MAX_BODY_SECONDS} seconds") from None
+            except ClientDisconnect:
+                return _error(400, "the client has left")  # whom this no longer reaches
             return await run_in_threadpool(_answer, handler, content_type, body, request.query_params)
 
     @app.exception_handler(HTTPException)
@@ -81,7 +89,7 @@ def create_app(handler: Callable[[dict], list[dict]]) -> FastAPI:
     return app
 
 
-async def _read_body(request: Request) -> bytes:
+async def _read_body(request: Request) -> bytearray:
     reason = f"the body is too large, expected at most {MAX_BODY_BYTES} bytes"
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > MAX_BODY_BYTES:
@@ -91,10 +99,10 @@ async def _read_body(request: Request) -> bytes:
         body += chunk
         if len(body) > MAX_BODY_BYTES:
             raise HTTPException(413, reason)
-    return bytes(body)
+    return body
 
 
-def _answer(handler: Callable, content_type: str, body: bytes, query: Mapping[str, str]) -> JSONResponse:
+def _answer(handler: Callable, content_type: str, body: bytearray, query: Mapping[str, str]) -> JSONResponse:
     """In a thread of the pool."""
     try:
         return JSONResponse(handler(_read_request(content_type, body, query)))
@@ -107,7 +115,7 @@ def _answer(handler: Callable, content_type: str, body: bytes, query: Mapping[st
         return _error(500, "the server has failed at this request")
 
 
-def _read_request(content_type: str, body: bytes, query: Mapping[str, str]) -> Any:
+def _read_request(content_type: str, body: bytearray, query: Mapping[str, str]) -> Any:
     if content_type.startswith("image/"):  # as text, for the handler's checks of size and format
         return {"inputs": base64.b64encode(body).decode(), "parameters": dict(query)}
     if content_type != "application/json":

@@ -3,6 +3,7 @@ import torch
 from conftest import make_rows
 from torch import nn
 
+from magneto_training import frozen_backbone
 from magneto_training.collation import TagCollator
 from magneto_training.frozen_backbone import FrozenBackbone
 from magneto_training.prediction import load_model
@@ -75,6 +76,27 @@ class Branching(nn.Module):
     def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         features = self.norm(self.convolution(pixel_values))
         return features if features.sum() > 0 else -features
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_backbone_with_channels_last_and_shifted_windows(tiny_config, bf16):
+    swin = {"backbone": "swin_tiny_patch4_window7_224", "backbone_kwargs": {"depths": (2, 1, 1, 1)}, "image_size": 224}
+    model = MagnetoForTagSummarization(MagnetoConfig(**{**tiny_config.to_dict(), **swin})).eval()
+    pixel_values = torch.randn(1, 3, 224, 224)
+    expected = model.magneto.image_feature_extractor.feature_map(pixel_values)
+
+    found = FrozenBackbone(model, CPU, bf16)(pixel_values)
+
+    assert found.shape == expected.shape == (1, 768, 7, 7)
+    assert (found.float() - expected).norm() < (0.02 if bf16 else 1e-5) * expected.norm()
+
+
+def test_a_large_batch_is_computed_in_pieces(tiny_model, monkeypatch):
+    pixel_values = torch.randn(7, 3, 32, 32)
+    whole = FrozenBackbone(tiny_model, CPU)(pixel_values)
+    monkeypatch.setattr(frozen_backbone, "IMAGES_AT_A_TIME", 3)
+
+    torch.testing.assert_close(FrozenBackbone(tiny_model, CPU)(pixel_values), whole)
 
 
 def test_a_backbone_that_cannot_be_traced_runs_as_it_is(tiny_model, pixel_values):

@@ -7,6 +7,7 @@ import torch
 from transformers import EvalPrediction
 
 from magneto_training.arguments import PretrainingDataArguments
+from magneto_training.arguments import UserError
 from magneto_training.augmentation import draw_outliers
 from magneto_training.collation import AugmentedDataset, OutlierCollator, OutlierDataset, SeededDataset, TagCollator
 from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics
@@ -102,6 +103,14 @@ def test_the_outlier_test_adds_the_same_tags_whatever_is_read_before(rows):
     assert [whole[index] for index in range(20)][17] == alone
     assert alone["tags"] == rows[17]["tags"] + alone["outliers"] and alone["outliers"]
     assert OutlierDataset(rows, 1, TAGS, 0.5)[17]["outliers"] != alone["outliers"]
+
+
+def test_a_diverged_training_has_no_detection_metrics():
+    labels = np.array([[1, 0, -100]])
+    logits = np.array([[0.5, np.nan, np.nan]])
+
+    with pytest.raises(UserError, match="the training has diverged: image_logits are not finite"):
+        compute_detection_metrics(EvalPrediction((np.zeros((1, 3)), logits), labels), MagnetoConfig())
 
 
 def test_detection_metrics_are_those_of_the_outliers_over_real_tags():

@@ -233,7 +233,7 @@ def test_parts_may_be_made_by_anybody_in_any_order(tiny_model, processor, predic
 
 @pytest.mark.parametrize(
     ("cores", "processes", "num_rows", "expected"),
-    [(8, 1, 100_000, 8), (8, 2, 100_000, 4), (8, 1, 600, 2), (8, 1, 20, 0), (1, 1, 100_000, 0), (96, 1, 100_000, 16)],
+    [(8, 1, 100_000, 8), (8, 2, 100_000, 4), (8, 1, 200, 3), (8, 1, 100, 0), (1, 1, 100_000, 0), (96, 1, 100_000, 96)],
 )
 def test_a_process_starts_workers_on_its_share_of_the_cores(
     tiny_model, processor, tmp_path, monkeypatch, cores, processes, num_rows, expected

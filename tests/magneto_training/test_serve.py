@@ -249,6 +249,21 @@ def test_requests_beyond_the_places_wait_and_health_does_not(monkeypatch):
     assert max(most) == 2
 
 
+def test_a_client_that_does_not_send_its_body_gives_up_its_place(monkeypatch):
+    monkeypatch.setattr(serve, "MAX_REQUESTS", 1)
+    monkeypatch.setattr(serve, "MAX_BODY_SECONDS", 0.2)
+    for port in run_server(create_app(lambda data: [data])):
+        stalled = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        stalled.putrequest("POST", "/")
+        stalled.putheader("Content-Length", "10")
+        stalled.endheaders(b"1")
+
+        assert post(port, b"5") == (200, [5])
+        answer = stalled.getresponse()
+        assert answer.status == 408
+        assert json.loads(answer.read()) == {"error": "the body took more than 0.2 seconds"}
+
+
 # --------------------------------------------------------------------------------------------------------- the command
 
 
