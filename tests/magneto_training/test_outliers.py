@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
-from magneto_training.arguments import PretrainingDataArguments
-from magneto_training.arguments import UserError
+from magneto_training.arguments import PretrainingDataArguments, UserError
 from magneto_training.augmentation import draw_outliers
 from magneto_training.collation import AugmentedDataset, OutlierCollator, OutlierDataset, SeededDataset, TagCollator
 from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics
