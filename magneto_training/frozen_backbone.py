@@ -33,7 +33,7 @@ class FrozenBackbone:
         self.bf16 = bf16
         self.feature_map = _folded(_FeatureMap(model).to(device).eval().requires_grad_(False))
         for module in self.feature_map.modules():
-            # Autocast would do it again for every batch. Not so for subclasses, which compute with their weights before.
+            # Autocast would do it for every batch. Not so for subclasses, which compute with their weights before.
             if bf16 and type(module) in (nn.Conv2d, nn.Linear):
                 module.bfloat16()
             if isinstance(module, nn.Conv2d):
