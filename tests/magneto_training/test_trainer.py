@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub import HfApi, RepoUrl, constants
 
 from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UsageError, UserError
 from magneto_training.augmentation import TagAugmentation
@@ -190,7 +190,7 @@ def test_early_stopping(make_trainer):
 
 
 def test_nothing_is_pushed_during_training(make_trainer, monkeypatch):
-    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("https://huggingface.co/user/tiny"))
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl(f"{constants.ENDPOINT}/user/tiny"))
     for upload in ("upload_folder", "upload_file", "create_commit"):
         monkeypatch.setattr(HfApi, upload, lambda *_, **__: pytest.fail("something was pushed"))
     trainer = make_trainer({"streams": "tag"}, num_train_epochs=2, push_to_hub=True)
