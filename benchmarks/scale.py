@@ -93,7 +93,7 @@ def repeat(rows: datasets.Dataset, num_rows: int, folder: Path) -> datasets.Data
 
 def some_features(num_rows: int, folder: Path) -> FeatureCache:
     """A cache of one view whose feature maps are noise; its files are there once for each number of rows."""
-    noise = torch.randn(ROWS_PER_FILE, 512, 4, 4).relu().half()
+    noise = torch.randn(ROWS_PER_FILE, 4, 4, 512).relu().half()
     files = []
     for start in range(0, num_rows, ROWS_PER_FILE):
         files.append(folder / f"noise-{num_rows}-{start}.safetensors")

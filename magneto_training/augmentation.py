@@ -33,11 +33,14 @@ class TagAugmentation:
         if not 0 <= self.drop_ratio <= 1:
             raise ValueError(f"tag_drop_ratio is {self.drop_ratio}, expected a ratio in [0, 1]")
 
-    def __call__(self, tags: list[str], important_tags: list[str], rng: np.random.Generator) -> list[str]:
-        """Augment one image's tags (normalised, without duplicates); its important tags all stay."""
+    def __call__(self, tags: list[str], important_tags: list[str], seed: int) -> list[str]:
+        """Augment one image's tags (normalised, without duplicates) by its seed; its important tags all stay."""
         unimportant = [tag for tag in tags if tag not in set(important_tags)]
-        num_dropped = rng.integers(int(self.drop_ratio * len(unimportant)), endpoint=True)
-        num_added = rng.integers(int(self.add_ratio * len(unimportant)), endpoint=True)
+        most_dropped, most_added = int(self.drop_ratio * len(unimportant)), int(self.add_ratio * len(unimportant))
+        if not most_dropped and not most_added:  # as for most images with few tags: there is nothing to draw
+            return tags
+        rng = np.random.default_rng(seed)
+        num_dropped, num_added = rng.integers(most_dropped, endpoint=True), rng.integers(most_added, endpoint=True)
         dropped = {unimportant[index] for index in rng.choice(len(unimportant), num_dropped, replace=False)}
         return [tag for tag in tags if tag not in dropped] + draw_strange_tags(tags, self.vocabulary, num_added, rng)
 

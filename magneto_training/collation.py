@@ -43,11 +43,14 @@ class SeededDataset(torch.utils.data.Dataset):
         """The rows of a batch at once, which is quicker; called by the data loader."""
         columns = self.dataset[indices]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        epoch = int(self.epoch)
         for row, index in zip(rows, indices, strict=True):
             row["index"] = self.first_index + index
-            row["seed"] = example_seed(self.seed, int(self.epoch), row["index"])
-            if self.features is not None:
-                row["image_features"] = self.features.draw(index, row["seed"])
+            row["seed"] = example_seed(self.seed, epoch, row["index"])
+        if self.features is not None:
+            features = self.features.draw(indices, [row["seed"] for row in rows])
+            for row, row_features in zip(rows, features, strict=True):
+                row["image_features"] = row_features
         return rows
 
 
@@ -129,10 +132,7 @@ class TagCollator:
         tags = [row["tags"] for row in rows]
         important_tags = [row["important_tags"] for row in rows] if "important_tags" in rows[0] else None
         if self.training:
-            tags = [
-                self._augmented_tags(row["tags"], row["important_tags"], np.random.default_rng(row["seed"]))
-                for row in rows
-            ]
+            tags = [self._augmented_tags(row["tags"], row["important_tags"], row["seed"]) for row in rows]
         resize = {}
         if images is not None and self.image_augmentation is not None:
             images = [self.image_augmentation(row["image"], row["seed"]) for row in rows]
@@ -140,17 +140,20 @@ class TagCollator:
         processor = self.tag_processor if cached else self.processor
         batch = dict(processor(images, tags, important_tags, truncation=self.training, **resize))
         if cached:
-            batch["image_features"] = torch.stack([row["image_features"] for row in rows])
+            # Channels last in memory, as the rows have them: rearranging would take longer than copying.
+            features = torch.stack([row["image_features"].permute(1, 2, 0) for row in rows])
+            batch["image_features"] = features.permute(0, 3, 1, 2)
         elif self.backbone is not None:
             batch["image_features"] = self.backbone(batch.pop("pixel_values"))
         return batch
 
-    def _augmented_tags(self, tags: list[str], important_tags: list[str], rng: np.random.Generator) -> list[str]:
+    def _augmented_tags(self, tags: list[str], important_tags: list[str], seed: int) -> list[str]:
         tags = normalize_tags(tags)
         if self.tag_augmentation is not None:
-            tags = self.tag_augmentation(tags, [normalize_tag(tag) for tag in important_tags], rng)
+            tags = self.tag_augmentation(tags, [normalize_tag(tag) for tag in important_tags], seed)
         if len(tags) > self.processor.max_tags:
-            rng.shuffle(tags)  # which tags the cut spares is chance, not their place in the list
+            # Which tags the cut spares is chance, not their place in the list.
+            np.random.default_rng((seed, 2)).shuffle(tags)
         return tags
 
 
@@ -200,6 +203,6 @@ class OutlierDataset(SeededDataset):
 def inject_outliers(row: dict, vocabulary: Sequence[str], outlier_ratio: float) -> dict:
     """A row with a seed, with strange tags behind its own, and named in `outliers`."""
     tags = normalize_tags(row["tags"])
-    # The seed alone belongs to the augmentation; one more number keeps the two apart.
+    # The seed alone belongs to TAD; one more number keeps the two apart.
     outliers = draw_outliers(tags, vocabulary, outlier_ratio, np.random.default_rng((row["seed"], 1)))
     return {**row, "tags": tags + outliers, "outliers": outliers}

@@ -3,7 +3,7 @@
 A frozen backbone makes the same of a photograph in every epoch; only the augmentation differs. So it is run once over
 a number of augmented views of each photograph, and training mixes two of them at each turn.
 
-    FEATURE_CACHE_DIR/<fingerprint>/view-<view>-<first row>.safetensors    {"features": (rows, C, h, w) float16}
+    FEATURE_CACHE_DIR/<fingerprint>/view-<view>-<first row>.safetensors    {"features": (rows, h, w, C) float16}
 
 The fingerprint is of the photographs, the transform, the backbone and its weights: whatever run has the same of all
 four finds the files of the others, whatever its seed.
@@ -35,9 +35,9 @@ from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
 
 from .arguments import MagnetoTrainingArguments, RowArguments, UsageError, UserError
 from .augmentation import ImageAugmentation, example_seed
-from .frozen_backbone import FrozenBackbone
+from .frozen_backbone import FrozenBackbone, share_of_cores
 
-FORMAT = 2  # a change of this file, or of frozen_backbone.py, that changes what is stored makes it 3
+FORMAT = 3  # a change of this file, or of frozen_backbone.py, that changes what is stored makes it 4
 ROWS_PER_FILE = 2048
 # Views are the same for every seed of training, so that runs share them.
 VIEW_SEED = 0
@@ -62,28 +62,50 @@ class FeatureCache:
         return len(self.files)
 
     def read(self, index: int, view: int) -> torch.Tensor:
-        """The feature map of one photograph, (C, h, w) float16; a view of the mapped file."""
+        """The feature map of one photograph, (h, w, C) float16; a view of the mapped file."""
         path = self.files[view][index // ROWS_PER_FILE]
         if path not in self._open:
             with safe_open(path, "pt") as file:
                 self._open[path] = file.get_tensor("features")
         return self._open[path][index % ROWS_PER_FILE]
 
-    def draw(self, index: int, seed: int) -> torch.Tensor:
-        """What training sees of one photograph at one turn: every region is one of two views', decided by the seed.
+    def draw(self, indices: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+        """What training sees of some photographs at one turn: every region is one of two views', decided by the seed.
 
         The model attends to regions as a set. A mixture of two views, in any proportion, is a new set of regions of
         the same photograph, so a few views go as far as fresh ones in every epoch.
 
+        Args:
+            indices: B rows.
+            seeds: A number of 64 bits for each.
+
         Returns:
-            (C, h, w) float16; where there is one view, that.
+            (B, C, h, w) float16, channels last in memory; where there is one view, that.
         """
         if self.num_views == 1:
-            return self.read(index, 0)
-        rng = np.random.default_rng((seed, 2))  # the seed alone and with 1 belong to the augmentation of tags
-        first, second = (self.read(index, view) for view in rng.choice(self.num_views, 2, replace=False))
-        from_first = torch.from_numpy(rng.random(first.shape[1:]) < rng.random())  # (h, w)
-        return torch.where(from_first, first, second)
+            features = torch.stack([self.read(index, 0) for index in indices])
+            return features.permute(0, 3, 1, 2)
+        height, width, _ = self.read(indices[0], 0).shape
+        numbers = _uniform_numbers(seeds, 3 + height * width)
+        first = (numbers[:, 0] * self.num_views).astype(int)
+        second = (first + 1 + (numbers[:, 1] * (self.num_views - 1)).astype(int)) % self.num_views
+        first_views, second_views = (
+            torch.stack(list(map(self.read, indices, views.tolist()))) for views in (first, second)
+        )  # (B, h, w, C)
+        from_first = torch.from_numpy(numbers[:, 3:] < numbers[:, 2:3]).view(-1, height, width, 1)
+        return torch.where(from_first, first_views, second_views).permute(0, 3, 1, 2)
+
+
+def _uniform_numbers(seeds: Sequence[int], count: int) -> np.ndarray:
+    """(B, count) numbers in [0, 1): `count` of each seed's SplitMix64 (Steele et al., 2014), all at once.
+
+    To make a generator of NumPy's for each photograph takes longer than all else that happens to its features.
+    """
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = np.array(seeds, dtype=np.uint64)[:, None] + steps  # overflow is meant
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 def build_feature_caches(
@@ -96,7 +118,8 @@ def build_feature_caches(
     """Run the backbone over the photographs of every split, as far as that has not been done before.
 
     `train` gets `cached_views` augmented views, or with one view what evaluation sees; the other splits get that. The
-    size is announced before. Each process does its share, and an interrupted build goes on where it was.
+    size is announced before. Each process does its share, and an interrupted build goes on where it was. Afterwards,
+    without a GPU, `training_args.dataloader_num_workers` is 0.
 
     Args:
         model: With the weights it is trained with, and a frozen backbone.
@@ -132,6 +155,11 @@ def build_feature_caches(
                 f"{builder.folder} lacks {len(missing)} files that another process has made; "
                 "expected a --feature_cache_dir that all processes share"
             )
+    if state.device.type == "cpu":
+        # What is left to do for a batch takes less time than to hand it over from another process. So there are no
+        # workers from here on, and their cores, which `accelerate launch` has kept free for them, are this process's.
+        training_args.dataloader_num_workers = 0
+        torch.set_num_threads(max(torch.get_num_threads(), share_of_cores()))
     return {name: FeatureCache(builder.files) for name, builder in builders.items()}
 
 
@@ -210,7 +238,7 @@ class _Builder:
         return range(number * ROWS_PER_FILE, min(len(self.rows), (number + 1) * ROWS_PER_FILE))
 
     def _features(self, view: int, number: int, progress: tqdm, backbone: FrozenBackbone) -> torch.Tensor:
-        """(rows, C, h, w) float16."""
+        """(rows, h, w, C) float16."""
         in_workers = backbone.device.type == "cpu"
         loader = DataLoader(
             _Views(self.rows, self._row_numbers(number), view),
@@ -222,7 +250,7 @@ class _Builder:
         for batch in loader:
             parts.append((batch if in_workers else backbone(batch)).to("cpu", torch.float16))
             progress.update(len(batch))
-        features = torch.cat(parts).contiguous()
+        features = torch.cat(parts).permute(0, 2, 3, 1).contiguous()  # as a linear layer reads regions
         if not features.isfinite().all():
             raise UserError("cached_views: a feature of the backbone is beyond what float16 holds; train without it")
         return features

@@ -71,6 +71,13 @@ class MagnetoTrainer(Trainer):
         self.data_collator = self.eval_collator
         return super().get_eval_dataloader(eval_dataset)
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if optimizer_class is torch.optim.SGD:
+            options["fused"] = True  # one call for all parameters, as Trainer has it of AdamW
+        return optimizer_class, options
+
     def create_optimizer(self, model=None):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
@@ -96,6 +103,10 @@ class MagnetoTrainer(Trainer):
                 self._logged_sums[name] = self._logged_sums.get(name, 0) + value.detach().float()
             self._num_logged += 1
         return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs):
+        # Trainer's estimate is of language models, and to count the parameters at every step takes a tenth of it.
+        return 0
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._num_logged:

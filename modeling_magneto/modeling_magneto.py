@@ -11,7 +11,8 @@
                                     │
                               logits (B, L)
 
-B images, L tags, D hidden size, R regions, C channels of the backbone.
+B images, L slots for tags, T tags in all, D hidden size, R regions, C channels of the backbone. States of tags are
+(T, D), without the padding, but where the tags of an image attend to each other.
 """
 
 import os
@@ -76,8 +77,55 @@ class MagnetoOutput(ModelOutput):
     attentions: torch.Tensor | None = None
 
 
+class MagnetoSlots:
+    """Where the tags of a batch lie in its B x L slots, the others of which are padding.
+
+    Most layers look at one tag at a time. In training they get the tags alone: with few tags an image, most slots are
+    padding. Otherwise all slots count as tags, and no shape depends on the data, as exporters wish.
+
+    Args:
+        mask: (B, L) bool, which slots hold tags.
+        packed: Whether to leave the padding out.
+    """
+
+    def __init__(self, mask: torch.Tensor, packed: bool):
+        self.shape = mask.shape
+        self.positions = mask.flatten().nonzero().squeeze(-1) if packed else None  # (T,)
+        # An image whose tags are all padding attends to the padding: its states mean nothing, but they are no NaN.
+        self.attention_mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, L)
+
+    def pack(self, slots: torch.Tensor) -> torch.Tensor:
+        """(B, L, ...) -> (T, ...)."""
+        slots = slots.flatten(0, 1)
+        return slots if self.positions is None else slots.index_select(0, self.positions)
+
+    def unpack(self, tags: torch.Tensor) -> torch.Tensor:
+        """(T, ...) -> (B, L, ...), with zeros as padding."""
+        if self.positions is not None:
+            tags = tags.new_zeros(self.shape.numel(), *tags.shape[1:]).index_copy(0, self.positions, tags)
+        return tags.unflatten(0, self.shape)
+
+
+class MagnetoDropout(nn.Module):
+    """Dropout. For each element PyTorch draws 64 random bits, which on CPUs takes longer than many a layer; here it is
+    16 bits, so the probability is a multiple of 2^-16."""
+
+    def __init__(self, config: MagnetoConfig):
+        super().__init__()
+        self.probability = config.dropout
+        self.num_kept = round(2**16 * (1 - config.dropout))  # of 2^16 numbers
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if not self.training or states.device.type != "cpu":
+            return F.dropout(states, self.probability, self.training)
+        size = (states.numel() + 3) // 4
+        numbers = torch.randint(-(2**63), 2**63 - 1, (size,)).view(torch.int16)[: states.numel()]
+        kept = numbers.view(states.shape) >= 2**15 - self.num_kept
+        return states * kept.to(states.dtype).mul_(2**16 / self.num_kept)
+
+
 class MagnetoAttention(nn.Module):
-    """Multi-head scaled-dot-product attention between two sets of vectors, without positions."""
+    """Multi-head scaled-dot-product attention of tags to each other or to regions, without positions."""
 
     def __init__(self, config: MagnetoConfig):
         super().__init__()
@@ -90,30 +138,33 @@ class MagnetoAttention(nn.Module):
 
     def forward(
         self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        tags: torch.Tensor,
+        slots: MagnetoSlots,
+        regions: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend from `queries` (B, L, D) to `keys` (B, K, D), of which `mask` (B, 1, 1, K) says which exist.
+        """Attend from `tags` (T, D) to the `regions` (B, R, D) of their image, or else to its other tags.
 
         Returns:
-            The result (B, L, D) and, on request, the attention weights (B, heads, L, K).
+            The result (T, D) and, on request, the attention weights (B, heads, L, R).
         """
+        query = slots.unpack(self.query(tags))  # (B, L, D)
+        if regions is None:
+            key, value, mask = slots.unpack(self.key(tags)), slots.unpack(self.value(tags)), slots.attention_mask
+        else:
+            key, value, mask = self.key(regions), self.value(regions), None
         query, key, value = (
-            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L or K, D / heads)
-            for projection, states in ((self.query, queries), (self.key, keys), (self.value, keys))
+            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L or R, D / heads)
+            for states in (query, key, value)
         )
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
         )
-        attended = self.output(attended.transpose(1, 2).flatten(2))  # (B, L, D)
+        attended = self.output(slots.pack(attended.transpose(1, 2).flatten(2)))  # (T, D)
         if not output_attentions:
             return attended, None
         # The fused kernels keep the weights to themselves, so whoever asks for them pays for a second product.
-        similarity = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, heads, L, K)
-        if mask is not None:
-            similarity = similarity.masked_fill(~mask, float("-inf"))
+        similarity = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, heads, L, R)
         return attended, similarity.softmax(-1)
 
 
@@ -127,12 +178,12 @@ class MagnetoEncoderLayer(nn.Module):
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.output_norm = nn.LayerNorm(config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = MagnetoDropout(config)
 
-    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) and mask (B, 1, 1, L) -> (B, L, D)."""
+    def forward(self, states: torch.Tensor, slots: MagnetoSlots) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
         if self.attention is not None:
-            attended, _ = self.attention(states, states, mask)
+            attended, _ = self.attention(states, slots)
             states = self.attention_norm(states + self.dropout(attended))
         transformed = self.output(self.dropout(F.relu(self.intermediate(states))))
         return self.output_norm(states + self.dropout(transformed))
@@ -145,10 +196,10 @@ class MagnetoEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(MagnetoEncoderLayer(config, self_attention) for _ in range(num_layers))
 
-    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) and mask (B, 1, 1, L) -> (B, L, D), at least 0."""
+    def forward(self, states: torch.Tensor, slots: MagnetoSlots) -> torch.Tensor:
+        """(T, D) -> (T, D), at least 0."""
         for layer in self.layers:
-            states = layer(states, mask)
+            states = layer(states, slots)
         return F.relu(states)
 
 
@@ -234,6 +285,12 @@ class MagnetoImageFeatureExtractor(nn.Module):
 
     def train(self, mode: bool = True):
         """Sets the mode, but keeps frozen stages in eval mode: their batch-norm statistics never move."""
+        if mode and self.frozen_modules == [self.backbone] and not self.backbone.training:
+            # Trainer comes here before each step: spare it the many modules of a backbone that stays as it is.
+            self.training = mode
+            self.projection.train(mode)
+            self.norm.train(mode)
+            return self
         super().train(mode)
         for module in self.frozen_modules:
             # `from_pretrained` forgets `requires_grad`, and calls this when it is done.
@@ -255,8 +312,10 @@ class MagnetoImageFeatureExtractor(nn.Module):
         """Photographs, or their feature maps (B, C, h, w) -> one vector for each region, row by row (B, R, D)."""
         if image_features is None:
             image_features = self.feature_map(pixel_values)
-        image_features = image_features.to(self.projection.weight.dtype)
-        return self.norm(self.projection(image_features)).flatten(2).transpose(1, 2)
+        features = image_features.to(self.projection.weight.dtype).permute(0, 2, 3, 1)  # (B, h, w, C)
+        # On CPUs a 1x1 convolution takes twice the time of what it is, a linear layer.
+        regions = F.linear(features, self.projection.weight.flatten(1), self.projection.bias)  # (B, h, w, D)
+        return self.norm(regions.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
 
 
 class MagnetoGate(nn.Module):
@@ -264,13 +323,13 @@ class MagnetoGate(nn.Module):
 
     def __init__(self, config: MagnetoConfig):
         super().__init__()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = MagnetoDropout(config)
         self.intermediate = nn.Linear(2 * config.hidden_size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, 1)
 
     def forward(self, tag_states: torch.Tensor, image_states: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) of both streams -> logits of alpha (B, L)."""
-        states = self.dropout(torch.cat([tag_states, image_states], dim=-1))  # (B, L, 2 D)
+        """(T, D) of both streams -> logits of alpha (T,)."""
+        states = self.dropout(torch.cat([tag_states, image_states], dim=-1))  # (T, 2 D)
         return self.output(self.dropout(F.relu(self.intermediate(states)))).squeeze(-1)
 
 
@@ -282,10 +341,12 @@ class MagnetoStreamHeads(nn.Module):
         self.tag = nn.Linear(config.hidden_size, 1) if config.streams != "image" else None
         self.image = nn.Linear(config.hidden_size, 1) if config.streams != "tag" else None
 
-    def forward(self, states: MagnetoModelOutput) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Hidden states -> tag logits and image logits, each (B, L) or None."""
-        tag_logits = self.tag(states.tag_hidden_state).squeeze(-1) if self.tag is not None else None
-        image_logits = self.image(states.image_hidden_state).squeeze(-1) if self.image is not None else None
+    def forward(
+        self, tag_states: torch.Tensor | None, image_states: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(T, D) of each stream there is -> tag logits and image logits, each (T,) or None."""
+        tag_logits = self.tag(tag_states).squeeze(-1) if self.tag is not None else None
+        image_logits = self.image(image_states).squeeze(-1) if self.image is not None else None
         return tag_logits, image_logits
 
 
@@ -293,15 +354,16 @@ def mixture_logits(gate_logits: torch.Tensor, image_logits: torch.Tensor, tag_lo
     """Logit of `alpha * O_it + (1 - alpha) * O_t` (equation 1), from the logits of all three, without leaving logs.
 
     Args:
-        gate_logits, image_logits, tag_logits: (B, L), any real numbers.
+        gate_logits, image_logits, tag_logits: Of the same shape, any real numbers.
 
     Returns:
-        (B, L) float32, finite wherever the inputs are.
+        float32 of that shape, finite wherever the inputs are.
     """
-    gate, image, tag = gate_logits.float(), image_logits.float(), tag_logits.float()
-    log_alpha, log_rest = F.logsigmoid(gate), F.logsigmoid(-gate)
-    log_kept = torch.logaddexp(log_alpha + F.logsigmoid(image), log_rest + F.logsigmoid(tag))
-    log_dropped = torch.logaddexp(log_alpha + F.logsigmoid(-image), log_rest + F.logsigmoid(-tag))
+    logits = torch.stack([gate_logits.float(), image_logits.float(), tag_logits.float()])
+    log_alpha, log_image, log_tag = F.logsigmoid(logits)
+    log_rest, log_no_image, log_no_tag = F.logsigmoid(-logits)
+    log_kept = torch.logaddexp(log_alpha + log_image, log_rest + log_tag)
+    log_dropped = torch.logaddexp(log_alpha + log_no_image, log_rest + log_no_tag)
     return log_kept - log_dropped
 
 
@@ -360,7 +422,7 @@ class MagnetoModel(MagnetoPreTrainedModel):
     def __init__(self, config: MagnetoConfig):
         super().__init__(config)
         self.tag_embedder = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = MagnetoDropout(config)
         if config.streams != "image":
             self_attention = config.tag_encoder == "transformer"
             self.tag_encoder = MagnetoEncoder(config, config.num_tag_layers, self_attention)
@@ -398,29 +460,42 @@ class MagnetoModel(MagnetoPreTrainedModel):
         Raises:
             ValueError: There is no photograph, and the model needs one.
         """
+        slots, tag_states, image_states, attentions = self.encode(
+            input_ids, attention_mask, pixel_values, image_features, output_attentions
+        )
+        tag_states = None if tag_states is None else slots.unpack(tag_states)
+        image_states = None if image_states is None else slots.unpack(image_states)
+        return MagnetoModelOutput(tag_states, image_states, attentions)
+
+    def encode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[MagnetoSlots, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """What `forward` returns, still packed: slots, states of the tags (T, D) in both streams, attentions."""
         if pixel_values is None and image_features is None and self.config.streams != "tag":
             raise ValueError(
                 f"pixel_values is missing: a model with streams={self.config.streams!r} needs photographs"
             )
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
-        mask = attention_mask.bool()
-        # An image whose tags are all padding attends to the padding: its states mean nothing, but they are no NaN.
-        mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, L)
-
-        tags = self.dropout(self.tag_embedder(input_ids))  # (B, L, D)
+        slots = MagnetoSlots(attention_mask.bool(), packed=self.training)
+        tags = self.dropout(self.tag_embedder(slots.pack(input_ids)))  # (T, D)
 
         tag_states = None
         if self.config.streams != "image":
-            tag_states = self.tag_encoder(tags, mask)  # (B, L, D)
+            tag_states = self.tag_encoder(tags, slots)  # (T, D)
 
         image_states = attentions = None
         if self.config.streams != "tag":
             regions = self.image_feature_extractor(pixel_values, image_features)  # (B, R, D)
-            looked_at, attentions = self.tag_to_image_attention(tags, regions, output_attentions=output_attentions)
-            image_states = self.image_encoder(self.dropout(F.relu(looked_at)), mask)  # (B, L, D)
+            looked_at, attentions = self.tag_to_image_attention(tags, slots, regions, output_attentions)
+            image_states = self.image_encoder(self.dropout(F.relu(looked_at)), slots)  # (T, D)
 
-        return MagnetoModelOutput(tag_states, image_states, attentions)
+        return slots, tag_states, image_states, attentions
 
 
 class MagnetoForTagSummarization(MagnetoPreTrainedModel):
@@ -491,24 +566,30 @@ class MagnetoForTagSummarization(MagnetoPreTrainedModel):
             labels: (B, L), 1 for important tags, 0 for the others, -100 where it is unknown or padding.
             output_attentions: Return what each tag looked at.
         """
-        states = self.magneto(input_ids, attention_mask, pixel_values, image_features, output_attentions)
-        tag_logits, image_logits = self.classifiers(states)
+        slots, tag_states, image_states, attentions = self.magneto.encode(
+            input_ids, attention_mask, pixel_values, image_features, output_attentions
+        )
+        tag_logits, image_logits = self.classifiers(tag_states, image_states)  # (T,)
 
         gate = None
         if self.config.streams == "both":
-            gate_logits = self.gate(states.tag_hidden_state, states.image_hidden_state)  # (B, L)
+            gate_logits = self.gate(tag_states, image_states)  # (T,)
             logits = mixture_logits(gate_logits, image_logits, tag_logits)
-            gate = torch.sigmoid(gate_logits)
-        else:
-            logits = image_logits if tag_logits is None else tag_logits
+            logits, tag_logits, image_logits = map(slots.unpack, (logits, tag_logits, image_logits))  # (B, L)
+            gate = slots.unpack(torch.sigmoid(gate_logits))
+        else:  # a single stream is its own final output
+            logits = slots.unpack(image_logits if tag_logits is None else tag_logits)
+            tag_logits, image_logits = (None if part is None else logits for part in (tag_logits, image_logits))
 
         loss = final_loss = tag_loss = image_loss = None
         if labels is not None:
             objective = OBJECTIVES[self.config.objective]
-            loss = final_loss = objective(logits, labels)
-            if self.config.streams == "both":  # a single stream is its own final output
-                tag_loss, image_loss = objective(tag_logits, labels), objective(image_logits, labels)
+            if self.config.streams == "both":
+                outputs = torch.stack([logits, tag_logits.float(), image_logits.float()])  # (3, B, L)
+                final_loss, tag_loss, image_loss = objective(outputs, labels)
                 loss = final_loss + self.config.auxiliary_loss_weight * (image_loss + tag_loss)  # equation 5
+            else:
+                loss = final_loss = objective(logits, labels)
 
         return MagnetoOutput(
             loss=loss,
@@ -519,7 +600,7 @@ class MagnetoForTagSummarization(MagnetoPreTrainedModel):
             final_loss=final_loss,
             tag_loss=tag_loss,
             image_loss=image_loss,
-            attentions=states.attentions,
+            attentions=attentions,
         )
 
 
@@ -550,8 +631,12 @@ class MagnetoForOutlierDetection(MagnetoPreTrainedModel):
 
         The loss is L_u = L_it + L_t. There is no final output: `logits` is None.
         """
-        states = self.magneto(input_ids, attention_mask, pixel_values, image_features, output_attentions)
-        tag_logits, image_logits = self.detectors(states)
+        slots, tag_states, image_states, attentions = self.magneto.encode(
+            input_ids, attention_mask, pixel_values, image_features, output_attentions
+        )
+        tag_logits, image_logits = (
+            None if logits is None else slots.unpack(logits) for logits in self.detectors(tag_states, image_states)
+        )  # (B, L)
 
         loss = tag_loss = image_loss = None
         if labels is not None:
@@ -566,7 +651,7 @@ class MagnetoForOutlierDetection(MagnetoPreTrainedModel):
             image_logits=image_logits,
             tag_loss=tag_loss,
             image_loss=image_loss,
-            attentions=states.attentions,
+            attentions=attentions,
         )
 
 

@@ -1,5 +1,6 @@
 """Photographs and tags to tensors, and the model's outputs back to tags."""
 
+import functools
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,13 +32,18 @@ def normalize_tag(tag: str) -> str:
     """
     if not isinstance(tag, str):
         raise ValueError(f"found the tag {tag!r} of type {type(tag).__name__}, expected text")
-    # Folding can undo the normal form, and the normal form can undo folding: two rounds settle every character.
-    for _ in range(2):
-        tag = unicodedata.normalize("NFKC", tag).casefold()
-    tag = " ".join(unicodedata.normalize("NFKC", tag).split())
+    tag = _normalized(tag)
     if not tag:
         raise ValueError("found an empty tag, expected text")
     return tag
+
+
+@functools.lru_cache(2**16)
+def _normalized(tag: str) -> str:
+    # Folding can undo the normal form, and the normal form can undo folding: two rounds settle every character.
+    for _ in range(2):
+        tag = unicodedata.normalize("NFKC", tag).casefold()
+    return " ".join(unicodedata.normalize("NFKC", tag).split())
 
 
 def normalize_tags(tags: Iterable[str]) -> list[str]:
@@ -192,15 +198,15 @@ class MagnetoProcessor(ProcessorMixin):
     def _labels(self, tags, important_tags, truncation: bool, shape: torch.Size) -> torch.Tensor:
         if len(important_tags) != len(tags):
             raise ValueError(f"found {len(important_tags)} lists of important tags for {len(tags)} lists of tags")
-        labels = torch.full(shape, IGNORED_LABEL)
+        labels = [[IGNORED_LABEL] * shape[1] for _ in tags]
         for index, (row, important) in enumerate(zip(tags, important_tags, strict=True)):
             if not important:  # unknown
                 continue
             important = {normalize_tag(tag) for tag in important}
             if not truncation and (strange := important.difference(row)):
                 raise ValueError(f"important_tags[{index}]: {sorted(strange)} are not among the tags")
-            labels[index, : len(row)] = torch.tensor([tag in important for tag in row], dtype=labels.dtype)
-        return labels
+            labels[index][: len(row)] = [int(tag in important) for tag in row]
+        return torch.tensor(labels)
 
     def post_process(
         self,

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import make_rows
@@ -64,15 +65,16 @@ def test_each_view_is_the_augmentation_of_its_own_seed(build, tiny_model, proces
         pixel_values = processor.image_processor(image, return_tensors="pt", do_resize=False)["pixel_values"]
         with torch.inference_mode():
             expected = tiny_model.magneto.image_feature_extractor.feature_map(pixel_values)[0]
-        torch.testing.assert_close(cache.read(index, view).float(), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(cache.read(index, view).float(), expected.permute(1, 2, 0), rtol=1e-3, atol=1e-3)
 
 
 def test_every_turn_mixes_two_views_region_by_region(build):
     cache = build(views=4)["train"]
-    drawn = [cache.draw(3, seed) for seed in range(20)]
+    drawn = cache.draw([3] * 20, range(20))
 
-    assert torch.equal(drawn[5], cache.draw(3, 5))
-    views = [cache.read(3, view) for view in range(4)]
+    assert drawn.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(cache.draw([2, 3], [7, 5])[1], drawn[5])  # whatever is drawn beside it
+    views = [cache.read(3, view).permute(2, 0, 1) for view in range(4)]
     pairs = set()
     for features in drawn:
         # (views, h, w): which views have just this region
@@ -80,6 +82,25 @@ def test_every_turn_mixes_two_views_region_by_region(build):
         assert origin.any(0).all()
         pairs.add(tuple(origin.flatten(1).any(1).nonzero().flatten().tolist()))
     assert max(map(len, pairs)) <= 2 and len(pairs) > 3
+
+
+def test_views_and_mixtures_are_drawn_evenly():
+    numbers = feature_cache._uniform_numbers([2**63 + 5 * seed for seed in range(4000)], 5)
+
+    assert numbers.shape == (4000, 5) and 0 <= numbers.min() and numbers.max() < 1
+    counts = [np.histogram(column, 10, (0, 1))[0] for column in numbers.T]
+    assert np.abs(np.array(counts) - 400).max() < 5 * (400 * 0.9) ** 0.5
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(5)).max() < 5 / 4000**0.5
+
+
+def test_reading_features_takes_no_workers(tiny_model, processor, splits, tmp_path):
+    args = MagnetoTrainingArguments(
+        str(tmp_path / "run"), cached_views=1, feature_cache_dir=str(tmp_path), dataloader_num_workers=1, use_cpu=True
+    )
+
+    build_feature_caches(tiny_model, processor, splits, DataArguments(dataset_name="drawn"), args)
+
+    assert args.dataloader_num_workers == 0
 
 
 def test_epochs_draw_differently_and_the_same_again(build, splits):
@@ -101,7 +122,7 @@ def test_one_view_is_what_evaluation_sees(build, tiny_model, processor, splits):
     pixel_values = processor(splits["train"][5]["image"], ["blue"])["pixel_values"]
     with torch.inference_mode():
         expected = tiny_model.magneto.image_feature_extractor.feature_map(pixel_values)[0]
-    torch.testing.assert_close(cache.read(5, 0).float(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(cache.draw([5], [0])[0].float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_another_run_finds_the_files_whatever_its_seed_and_number_of_views(build, tmp_path, capsys):

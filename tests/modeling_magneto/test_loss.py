@@ -127,3 +127,13 @@ def test_logits_of_half_precision_give_a_loss_of_full_precision(loss):
     logits = torch.randn(3, 4, dtype=torch.bfloat16)
 
     assert loss(logits, LABELS).item() == loss(logits.float(), LABELS).item()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values())
+def test_several_outputs_at_once_have_the_losses_of_each(objective):
+    logits, labels = torch.randn(3, 4, 5), torch.randint(0, 2, (4, 5))
+    labels[0, 2:], labels[1] = -100, -100
+
+    losses = objective(logits, labels)
+
+    torch.testing.assert_close(losses, torch.stack([objective(output, labels) for output in logits]))

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 from modeling_magneto import MagnetoConfig, MagnetoForOutlierDetection, MagnetoForTagSummarization, MagnetoModel
+from modeling_magneto.modeling_magneto import MagnetoDropout, MagnetoSlots
 
 ARCHITECTURES = [
     {"streams": "both"},
@@ -384,11 +385,65 @@ def test_both_streams_read_the_same_dropped_out_embeddings(tiny_config):
 
 def test_attention_weights_are_dropped_in_training(tiny_config):
     attention, regions = build(tiny_config, dropout=0.5).magneto.tag_to_image_attention, torch.randn(1, 4, 16)
+    tags, slots = torch.randn(4, 16), MagnetoSlots(torch.ones(1, 4, dtype=torch.bool), packed=False)
 
     with torch.no_grad():
-        assert torch.equal(attention(regions, regions)[0], attention(regions, regions)[0])
+        assert torch.equal(attention(tags, slots, regions)[0], attention(tags, slots, regions)[0])
         attention.train()
-        assert not torch.equal(attention(regions, regions)[0], attention(regions, regions)[0])
+        assert not torch.equal(attention(tags, slots, regions)[0], attention(tags, slots, regions)[0])
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.3, 0.5])
+def test_dropout_keeps_its_share_and_the_expectation(tiny_config, probability):
+    tiny_config.dropout = probability
+    dropout = MagnetoDropout(tiny_config)
+    ones = torch.ones(501, 999, requires_grad=True)  # no multiple of four
+
+    dropped = dropout(ones)
+    dropped.sum().backward()
+
+    share = (dropped != 0).float().mean().item()
+    assert abs(share - (1 - probability)) < 5 * (probability * (1 - probability) / ones.numel()) ** 0.5
+    torch.testing.assert_close(
+        dropped[dropped != 0].unique(), torch.tensor([1 / (1 - probability)]), rtol=1e-4, atol=0
+    )
+    assert torch.equal(ones.grad, dropped)
+    assert not torch.equal(dropped, dropout(ones))
+    neighbours = (dropped[:, :-1] * dropped[:, 1:] != 0).float().mean().item()
+    assert abs(neighbours - (1 - probability) ** 2) < 0.005
+    assert torch.equal(dropout.eval()(ones), ones)
+
+
+def test_dropout_keeps_the_type_of_its_input(tiny_config):
+    states = torch.randn(3, 5, dtype=torch.bfloat16)
+
+    assert MagnetoDropout(tiny_config)(states).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_leaves_the_padding_out_and_computes_the_same(tiny_config, architecture):
+    model, batch = build(tiny_config, dropout=0.0, **architecture), make_batch()
+    widths = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.in_features == tiny_config.intermediate_size:
+            module.register_forward_hook(lambda _module, inputs, _output: widths.append(inputs[0].shape[0]))
+    real = batch["attention_mask"].bool()
+    assert not real.all()
+    for norm in model.modules():  # of the regions; its statistics are the batch's in training
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+
+    padded = model(**batch)
+    assert set(widths) == {real.numel()}
+    widths.clear()
+    packed = model.train()(**batch)
+
+    assert set(widths) == {int(real.sum())}
+    torch.testing.assert_close(packed.loss, padded.loss)
+    for name in ("logits", "tag_logits", "image_logits", "gate"):
+        if padded.get(name) is not None:
+            torch.testing.assert_close(packed[name][real], padded[name][real])
+            assert packed[name].shape == real.shape
 
 
 # ------------------------------------------------------------------------------------------------------------ training

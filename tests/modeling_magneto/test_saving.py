@@ -256,7 +256,8 @@ def test_pretraining_ignores_a_calibration(tiny_config, processor, tmp_path):
     detector = MagnetoForOutlierDetection.from_pretrained(tmp_path)
 
     with torch.no_grad():
-        raw = detector.detectors(detector.magneto(**make_inputs(processor)))
+        states = detector.magneto(**make_inputs(processor))
+        raw = detector.detectors(states.tag_hidden_state, states.image_hidden_state)
         outputs = detector(**make_inputs(processor))
     assert torch.equal(outputs.tag_logits, raw[0]) and torch.equal(outputs.image_logits, raw[1])
 
