@@ -8,6 +8,7 @@ from magneto_training.evaluation import format_metrics
 from magneto_training.prediction import (
     check_output_file,
     describe_files,
+    load_backbone,
     load_model,
     load_prediction_split,
     new_accelerator,
@@ -24,7 +25,8 @@ def main() -> None:
     with accelerator.main_process_first():
         dataset = load_prediction_split(args, processor.use_images)
 
-    metrics = predict_dataset(accelerator, model, processor, dataset, args)
+    backbone = load_backbone(accelerator, model, processor, dataset, args)
+    metrics = predict_dataset(accelerator, model, processor, dataset, args, backbone)
 
     if accelerator.is_main_process:
         if "f1" in metrics:

@@ -20,9 +20,9 @@ from magneto_training.collation import AugmentedDataset, OutlierCollator, Seeded
 from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics, write_metrics
 from magneto_training.feature_cache import build_feature_caches
 from magneto_training.figures import write_training_curves
-from magneto_training.frozen_backbone import FrozenBackbone
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
+from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.tag_data import build_vocabulary, load_pretraining_splits
 from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoForOutlierDetection, MagnetoProcessor
@@ -58,7 +58,9 @@ def main() -> None:
         features = build_feature_caches(model, processor, splits, data_args, training_args)
 
     # Training. The validation split's outliers are the same in every epoch.
-    backbone = FrozenBackbone.for_workers(model, training_args.device, training_args.bf16)
+    backbone = backbone_for_workers(
+        model, processor, splits["train"], training_args.device, training_args.bf16, training_args.int8
+    )
     train_collator = TagCollator.for_training(processor, data_args, backbone=backbone)
     eval_collator = TagCollator(processor, backbone=backbone)
     validation = SeededDataset(splits["validation"], training_args.seed, features.get("validation"))

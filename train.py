@@ -18,10 +18,10 @@ from magneto_training.collation import AugmentedDataset, SeededDataset, TagColla
 from magneto_training.evaluation import add_stored_rule, compute_metrics, format_metrics, write_metrics
 from magneto_training.feature_cache import build_feature_caches
 from magneto_training.figures import write_training_curves
-from magneto_training.frozen_backbone import FrozenBackbone
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
 from magneto_training.publish import choose_widget_rows
+from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.tag_data import build_vocabulary, load_training_splits
 from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
@@ -55,7 +55,9 @@ def main() -> None:
         features = build_feature_caches(model, processor, splits, data_args, training_args)
 
     # Training.
-    backbone = FrozenBackbone.for_workers(model, training_args.device, training_args.bf16)
+    backbone = backbone_for_workers(
+        model, processor, splits["train"], training_args.device, training_args.bf16, training_args.int8
+    )
     tag_augmentation = TagAugmentation(vocabulary, data_args.tag_add_ratio, data_args.tag_drop_ratio)
     train = AugmentedDataset(splits.pop("train"), training_args.seed, features.get("train"))
     evaluated = {name: SeededDataset(rows, training_args.seed, features.get(name)) for name, rows in splits.items()}

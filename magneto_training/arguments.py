@@ -176,6 +176,11 @@ class MagnetoTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")
     backbone_learning_rate: float | None = _option(None, "That of the backbone's trained stages, where it differs.")
     early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better figure.")
+    int8: bool = _option(
+        False,
+        "Without a GPU, run the frozen backbone in 8-bit integers: three to six times as fast; scores differ by about "
+        "0.01. Needs the extra export.",
+    )
     cached_views: int = _option(
         0, "Run a frozen backbone once over this many augmented views of each photograph, and train from its features."
     )
@@ -193,6 +198,8 @@ class MagnetoTrainingArguments(TrainingArguments):
         for name, lowest in lowest_values.items():
             if getattr(self, name) < lowest:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
+        if self.int8 and self.cached_views:
+            raise UsageError("int8 is for the live backbone: what cached_views keeps is computed once anyway")
         if self.hub_strategy != "end":  # Trainer would upload whatever lies in output_dir, pickles too
             raise UsageError(f"hub_strategy is {self.hub_strategy!r}, expected 'end'")
         if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
@@ -236,6 +243,11 @@ class PredictArguments:
         None, "Processes that read photographs, and without a GPU run the backbone; by default one for each core."
     )
     bf16: bool = _option(False, "Compute in bfloat16 where that is safe: about twice as fast, scores differ by 0.01.")
+    int8: bool = _option(
+        False,
+        "Without a GPU, run the frozen backbone in 8-bit integers: three to six times as fast; scores differ by about "
+        "0.01. Needs the extra export.",
+    )
     rows_per_part: int = _option(
         1024, "Rows that are written at a time. A killed prediction goes on at the first part that is not there."
     )

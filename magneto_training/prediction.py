@@ -42,6 +42,7 @@ from .collation import OutlierDataset, SeededDataset, TagCollator, without_image
 from .evaluation import combine_metrics, evaluate_selection, output_names, write_metrics
 from .frozen_backbone import FrozenBackbone, share_of_cores
 from .initialization import load_source
+from .quantized_backbone import QuantizedBackbone, backbone_for_workers
 from .tag_data import DataError, check_columns, checked_split, find_problems, load_tag_dataset, read_photograph
 
 SCHEMA = pa.schema(
@@ -186,6 +187,7 @@ def predict_batches(
     output_attentions: bool = False,
     bf16: bool = False,
     batches: Iterable[Sequence[int]] | None = None,
+    backbone: FrozenBackbone | QuantizedBackbone | None = None,
 ) -> Iterator[PredictedBatch]:
     """Score the rows batch by batch; nothing is kept.
 
@@ -199,10 +201,10 @@ def predict_batches(
         output_attentions: Whether the outputs tell what each tag looked at.
         bf16: Whether the model computes in bfloat16 what autocast does.
         batches: The indices of the rows of each batch; by default all rows in their order, `batch_size` at a time.
+        backbone: Runs where photographs are read, in place of the model's.
     """
     if batches is None:
         batches = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
-    backbone = FrozenBackbone.for_workers(model, model.device, bf16)
     collate = functools.partial(_read_batch, TagCollator(processor, backbone=backbone))
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
     for rows, batch, unreadable in loader:
@@ -241,17 +243,43 @@ def new_accelerator() -> Accelerator:
     return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
 
 
+def load_backbone(
+    accelerator: Accelerator,
+    model: MagnetoForTagSummarization,
+    processor: MagnetoProcessor,
+    dataset: Dataset | IterableDataset,
+    args: PredictArguments,
+) -> FrozenBackbone | QuantizedBackbone | None:
+    """The backbone as this process's workers run it; none where the model itself does, or where Ray's workers do.
+
+    Raises:
+        UserError: As `backbone_for_workers`.
+    """
+    if args.engine == "ray":
+        return None
+    return backbone_for_workers(model, processor, dataset, accelerator.device, args.bf16, args.int8)
+
+
 def predict_dataset(
     accelerator: Accelerator,
     model: MagnetoForTagSummarization,
     processor: MagnetoProcessor,
     dataset: Dataset | IterableDataset,
     args: PredictArguments,
+    backbone: FrozenBackbone | QuantizedBackbone | None = None,
 ) -> dict[str, float]:
     """Write `args.output_file`, and beside it the metrics where there is ground truth, and the list of skipped rows.
 
     `output_file` appears when it is complete. The parts of a prediction that was killed are used, if it had the same
     settings, whatever number of processes had made them.
+
+    Args:
+        accelerator: As of `new_accelerator`.
+        model: In eval mode.
+        processor: The model's processor.
+        dataset: Rows as of `load_prediction_split`.
+        args: The arguments of the prediction.
+        backbone: As of `load_backbone`.
 
     Returns:
         On the main process the metrics, where there is ground truth, and with `inject_outliers` the percentage of
@@ -270,7 +298,7 @@ def predict_dataset(
         if accelerator.is_main_process:
             _predict_with_ray(dataset, args)
     else:
-        num_rows = _predict_share(accelerator, model, processor, dataset, args)
+        num_rows = _predict_share(accelerator, model, processor, dataset, args, backbone)
     accelerator.wait_for_everyone()
     return _finish(folder, num_rows, args) if accelerator.is_main_process else {}
 
@@ -281,6 +309,7 @@ def _predict_share(
     processor: MagnetoProcessor,
     dataset: Dataset | IterableDataset,
     args: PredictArguments,
+    backbone: FrozenBackbone | QuantizedBackbone | None,
 ) -> int:
     """Make this process's share of the missing parts; returns the number of rows of the dataset."""
     model.to(accelerator.device)
@@ -299,7 +328,7 @@ def _predict_share(
             progress.update(sum(map(len, share)) - sum(map(len, missing)))
             if missing:
                 reader = rows_for_model(rows, processor, args, start)
-                for count in predict_parts(model, processor, reader, missing, args):
+                for count in predict_parts(model, processor, reader, missing, args, backbone):
                     progress.update(count)
     return num_rows
 
@@ -348,6 +377,7 @@ def predict_parts(
     rows: SeededDataset,
     parts: Iterable[range],
     args: PredictArguments,
+    backbone: FrozenBackbone | QuantizedBackbone | None = None,
 ) -> Iterator[int]:
     """Make some parts, one after the other. Batches are of rows of one part with about as many tags.
 
@@ -357,6 +387,7 @@ def predict_parts(
         rows: As of `rows_for_model`, of the whole dataset or a run of it.
         parts: The rows of each part, as indices in the whole dataset.
         args: The arguments of the prediction.
+        backbone: As in `predict_batches`.
 
     Yields:
         After each batch how many rows it had; a generator, so nothing happens unless it is read.
@@ -389,6 +420,7 @@ def predict_parts(
         args.top_k,
         bf16=args.bf16,
         batches=plan_batches(),
+        backbone=backbone,
     )
     for batch in predicted:
         write_complete_parts()  # without a good row there was no batch
@@ -540,7 +572,7 @@ def _settings(
     return {
         "model": model_digest.hexdigest(),
         "rows": row_digest.hexdigest(),
-        **{name: getattr(args, name) for name in (*names, "seed", "bf16", "rows_per_part")},
+        **{name: getattr(args, name) for name in (*names, "seed", "bf16", "int8", "rows_per_part")},
     }
 
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .arguments import PredictArguments, UserError
 from .prediction import load_model, load_prediction_split, missing_parts, part_ranges, predict_parts, rows_for_model
+from .quantized_backbone import backbone_for_workers
 
 TASKS_PER_WORKER = 32  # a task may be several parts; few enough that handing them out costs nothing
 
@@ -27,12 +28,15 @@ class _Worker:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")  # Ray shows a worker its own GPU
         dataset = load_prediction_split(args, self.processor.use_images)
         self.rows = rows_for_model(dataset, self.processor, args)
+        self.backbone = backbone_for_workers(
+            self.model, self.processor, dataset, self.model.device, args.bf16, args.int8
+        )
 
     def __call__(self, batch: dict) -> dict:
         # After the loss of a machine Ray does a task again, with the parts that had been made.
         parts = missing_parts(map(range, batch["start"].tolist(), batch["stop"].tolist()), self.args)
         try:
-            for _ in predict_parts(self.model, self.processor, self.rows, parts, self.args):
+            for _ in predict_parts(self.model, self.processor, self.rows, parts, self.args, self.backbone):
                 pass
         except UserError as error:  # to be told in one line, which Ray would not do
             return {"num_rows": [0], "error": [str(error)]}

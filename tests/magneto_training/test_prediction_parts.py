@@ -20,6 +20,7 @@ from magneto_training import frozen_backbone, prediction
 from magneto_training.arguments import PredictArguments, UsageError, UserError
 from magneto_training.prediction import (
     describe_files,
+    load_backbone,
     load_prediction_split,
     parts_folder,
     predict_dataset,
@@ -57,7 +58,8 @@ def predict(tiny_model, processor, tmp_path):
         options = {"batch_size": 4, "rows_per_part": 6, **options}
         predict.args = PredictArguments("model", str(folder), str(tmp_path / f"{name}.parquet"), **options)
         predict.dataset = load_prediction_split(predict.args, processor.use_images)
-        metrics = predict_dataset(Accelerator(cpu=True), model, processor, predict.dataset, predict.args)
+        inputs = Accelerator(cpu=True), model, processor, predict.dataset, predict.args
+        metrics = predict_dataset(*inputs, load_backbone(*inputs))
         return pq.read_table(predict.args.output_file).to_pylist(), metrics
 
     return predict
@@ -249,9 +251,10 @@ def test_a_process_starts_workers_on_its_share_of_the_cores(
     assert asked == [expected]
 
 
-def test_bfloat16_changes_scores_a_little(predict, rows):
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_lower_precision_changes_scores_a_little(predict, rows, precision):
     exact, _ = predict(rows)
-    rounded, _ = predict(rows, bf16=True)
+    rounded, _ = predict(rows, **{precision: True})
 
     differences = [
         abs(score - other)
