@@ -22,6 +22,7 @@ from magneto_training.frozen_backbone import FrozenBackbone
 from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
 from magneto_training.publish import choose_widget_rows
+from magneto_training.streaming import StreamedCollator, StreamedDataset, check_streaming, load_streamed_splits
 from magneto_training.tag_data import build_vocabulary, load_training_splits
 from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
@@ -29,14 +30,19 @@ from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
 
 def main() -> None:
     model_args, data_args, training_args = parse_arguments((ModelArguments, DataArguments, MagnetoTrainingArguments))
+    check_streaming(data_args, training_args)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
     # Data: one process reads and checks, the others find its result in the cache.
     use_images = model_args.streams != "tag"
     with training_args.main_process_first(desc="reading the dataset"):
-        splits = load_training_splits(data_args, use_images)
-        vocabulary = build_vocabulary(splits["train"])
+        if data_args.streaming:
+            stream, splits = load_streamed_splits(data_args, use_images)
+            vocabulary = stream.vocabulary
+        else:
+            splits = load_training_splits(data_args, use_images)
+            vocabulary = build_vocabulary(splits["train"])
 
     # Model.
     image_mean, image_std = resolve_normalization(model_args)
@@ -57,7 +63,12 @@ def main() -> None:
     # Training.
     backbone = FrozenBackbone.for_workers(model, training_args.device, training_args.bf16)
     tag_augmentation = TagAugmentation(vocabulary, data_args.tag_add_ratio, data_args.tag_drop_ratio)
-    train = AugmentedDataset(splits.pop("train"), training_args.seed, features.get("train"))
+    train_collator = TagCollator.for_training(processor, data_args, tag_augmentation, backbone)
+    if data_args.streaming:
+        train = StreamedDataset(stream, training_args.seed, data_args.shuffle_buffer_size)
+        train_collator = StreamedCollator(train_collator)
+    else:
+        train = AugmentedDataset(splits.pop("train"), training_args.seed, features.get("train"))
     evaluated = {name: SeededDataset(rows, training_args.seed, features.get(name)) for name, rows in splits.items()}
     trainer = MagnetoTrainer(
         model,
@@ -65,7 +76,7 @@ def main() -> None:
         processor,
         train_dataset=train,
         eval_dataset=evaluated["validation"],
-        train_collator=TagCollator.for_training(processor, data_args, tag_augmentation, backbone),
+        train_collator=train_collator,
         eval_collator=TagCollator(processor, backbone=backbone),
         compute_metrics=compute_metrics,
     )

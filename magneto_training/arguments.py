@@ -119,6 +119,14 @@ class DataArguments(RowArguments):
         "after training, scores are calibrated on the validation split, and the tags with the highest expected F1 are "
         "chosen. The best epoch is that of the highest F1 at 0.5 in either case.",
     )
+    streaming: bool = _option(
+        False,
+        "Read the training rows from Parquet files, also on the Hub, in every epoch anew, in place of a copy on the "
+        "disk. The splits that are evaluated are kept in memory, as they lie in the files.",
+    )
+    shuffle_buffer_size: int = _option(
+        1000, "With --streaming, the order is drawn among the files, and among this many rows kept in memory."
+    )
     widget_images: int = _option(
         0, "With --push_to_hub, publish this many photographs of the validation split as examples."
     )
@@ -129,8 +137,9 @@ class DataArguments(RowArguments):
             raise UsageError(f"tag_add_ratio is {self.tag_add_ratio}, expected at least 0")
         if not 0 <= self.tag_drop_ratio <= 1:
             raise UsageError(f"tag_drop_ratio is {self.tag_drop_ratio}, expected a ratio in [0, 1]")
-        if self.widget_images < 0:
-            raise UsageError(f"widget_images is {self.widget_images}, expected at least 0")
+        for name, lowest in {"widget_images": 0, "shuffle_buffer_size": 1}.items():
+            if getattr(self, name) < lowest:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
 
 
 @dataclass

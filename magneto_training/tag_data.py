@@ -13,7 +13,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,7 +54,10 @@ class DataError(UserError):
 
 
 def load_tag_dataset(
-    dataset_name: str, dataset_config_name: str | None = None, streaming: bool = False
+    dataset_name: str,
+    dataset_config_name: str | None = None,
+    streaming: bool = False,
+    columns: Sequence[str] | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """Load a dataset and bring its columns into the project's form.
 
@@ -64,6 +67,7 @@ def load_tag_dataset(
         dataset_config_name: A configuration of the dataset, such as `unlabeled`.
         streaming: Read rows from the files, or from the Hub, each time that they are needed, in place of a copy on the
             disk; for Parquet files.
+        columns: Read these alone from Parquet files; the rest of the files is not touched.
 
     Returns:
         All splits, with `item_id` as text, `tags` and `important_tags` as lists of text, and `image` as photographs;
@@ -76,7 +80,8 @@ def load_tag_dataset(
     try:
         tables = _find_tables(folder) if folder.is_dir() else {}
         if not tables:
-            splits = load_dataset(dataset_name, dataset_config_name, streaming=streaming)
+            options = {} if columns is None else {"columns": list(columns)}
+            splits = load_dataset(dataset_name, dataset_config_name, streaming=streaming, **options)
             parent = folder if folder.is_dir() else None
             return type(splits)(
                 {
@@ -86,7 +91,7 @@ def load_tag_dataset(
             )
         parts: dict[str, list[Dataset | IterableDataset]] = {}
         for (split, parent), paths in tables.items():  # an image path is relative to its own table
-            part = _load_tables(paths, streaming)
+            part = _load_tables(paths, streaming, columns)
             parts.setdefault(split, []).append(_with_standard_columns(part, f"{dataset_name}, {split}", parent))
         joined = {split: concatenate_datasets(found) for split, found in parts.items()}
         return IterableDatasetDict(joined) if streaming else DatasetDict(joined)
@@ -100,8 +105,10 @@ def load_tag_dataset(
         raise DataError(f"the dataset {dataset_name!r} cannot be loaded: {type(cause).__name__}: {reason}") from error
 
 
-def _load_tables(paths: list[Path], streaming: bool) -> Dataset | IterableDataset:
+def _load_tables(paths: list[Path], streaming: bool, columns: Sequence[str] | None) -> Dataset | IterableDataset:
     builder, options = TABLE_BUILDERS[paths[0].suffix.lower()], {}
+    if columns is not None:
+        options["columns"] = list(columns)
     if builder == "csv":
         # Every cell as it is written: an id keeps its zeros, and a tag may be called "null".
         with paths[0].open(encoding="utf-8-sig", newline="") as file:
@@ -250,6 +257,13 @@ class RowReport:
     problems: dict[str, list[str]] = field(default_factory=dict)
     bad_rows: list[int] = field(default_factory=list)
 
+    def add(self, first: int, checked: pa.Table) -> None:
+        """Take in what `find_problems` says of the rows from index `first` on."""
+        bad = np.flatnonzero(pc.is_valid(checked["problem"]).to_numpy())
+        for row in checked.take(bad).to_pylist():
+            self.problems.setdefault(row["problem"], []).append(str(row["item_id"]))
+        self.bad_rows += (first + bad).tolist()
+
     @property
     def good_rows(self) -> np.ndarray:
         """Indices of the rows without a problem."""
@@ -302,10 +316,7 @@ def check_rows(
     )
     report, start = RowReport(name, len(dataset)), 0
     for rows in checked.with_format("arrow").iter(batch_size=10_000):
-        bad = np.flatnonzero(pc.is_valid(rows["problem"]).to_numpy())
-        for row in rows.take(bad).to_pylist():
-            report.problems.setdefault(row["problem"], []).append(str(row["item_id"]))
-        report.bad_rows += (start + bad).tolist()
+        report.add(start, rows)
         start += len(rows)
     return report
 
@@ -403,14 +414,19 @@ def checked_split(
         DataError: A row is bad (the message counts the problems and names item ids), or no good row is left.
     """
     report = check_rows(dataset, name, use_images, use_labels, allow_unlabeled)
+    judge_rows(report, skip_bad_rows)
+    return dataset.select(report.good_rows) if report.bad_rows else dataset
+
+
+def judge_rows(report: RowReport, skip_bad_rows: bool) -> None:
+    """Print what is bad and left out; raise `DataError` where it may not be, or where nothing would be left."""
     if not report.problems:
-        return dataset
+        return
     if not skip_bad_rows:
         raise DataError(f"{report}; --skip_bad_rows true leaves them out")
     if len(report.bad_rows) == report.num_rows:
         raise DataError(f"{report}; none is left")
     print(f"{report}; left out", flush=True)
-    return dataset.select(report.good_rows)
 
 
 def load_training_splits(data_args: DataArguments, use_images: bool) -> dict[str, Dataset]:
@@ -423,7 +439,7 @@ def load_training_splits(data_args: DataArguments, use_images: bool) -> dict[str
     wanted = {"train": data_args.train_split, "validation": data_args.validation_split, "test": data_args.test_split}
     if data_args.test_split not in splits:
         del wanted["test"]
-    return {role: _load_split(splits, split, data_args, use_images, use_labels=True) for role, split in wanted.items()}
+    return {role: load_split(splits, split, data_args, use_images, use_labels=True) for role, split in wanted.items()}
 
 
 def load_pretraining_splits(data_args: PretrainingDataArguments, use_images: bool) -> dict[str, Dataset]:
@@ -435,9 +451,9 @@ def load_pretraining_splits(data_args: PretrainingDataArguments, use_images: boo
         DataError: A split or column is missing, or a row is bad.
     """
     splits = load_tag_dataset(data_args.dataset_name, data_args.dataset_config_name)
-    train = _load_split(splits, data_args.train_split, data_args, use_images, use_labels=False)
+    train = load_split(splits, data_args.train_split, data_args, use_images, use_labels=False)
     if data_args.validation_split in splits:
-        validation = _load_split(splits, data_args.validation_split, data_args, use_images, use_labels=False)
+        validation = load_split(splits, data_args.validation_split, data_args, use_images, use_labels=False)
         return {"train": train, "validation": validation}
     if len(train) < 2:
         raise DataError(f"{data_args.dataset_name} has {len(train)} row, expected 2 at least: one for validation")
@@ -446,15 +462,24 @@ def load_pretraining_splits(data_args: PretrainingDataArguments, use_images: boo
     return {"train": shares["train"], "validation": shares["test"]}
 
 
-def _load_split(
-    splits: DatasetDict, split: str, data_args: RowArguments, use_images: bool, use_labels: bool
+def load_split(
+    splits: Mapping[str, Dataset], split: str, data_args: RowArguments, use_images: bool, use_labels: bool
 ) -> Dataset:
-    if split not in splits:
-        raise DataError(f"{data_args.dataset_name}: split {split!r} is missing, found {', '.join(splits)}")
+    """The checked rows of one split, with just the columns needed; raises `DataError` as `load_training_splits`."""
+    dataset = find_split(splits, split, data_args)
     name = f"{data_args.dataset_name}, {split}"
-    rows = checked_split(splits[split], name, use_images, use_labels, data_args.skip_bad_rows)
+    rows = checked_split(dataset, name, use_images, use_labels, data_args.skip_bad_rows)
     columns = ["item_id", "tags", *(["important_tags"] if use_labels else []), *(["image"] if use_images else [])]
     return rows.select_columns(columns)
+
+
+def find_split(
+    splits: Mapping[str, Dataset | IterableDataset], split: str, data_args: RowArguments
+) -> Dataset | IterableDataset:
+    """One of the splits; raises `DataError` where it is missing."""
+    if split not in splits:
+        raise DataError(f"{data_args.dataset_name}: split {split!r} is missing, found {', '.join(splits)}")
+    return splits[split]
 
 
 # ---------------------------------------------------------------------------------------------------------- vocabulary
@@ -462,7 +487,12 @@ def _load_split(
 
 def build_vocabulary(dataset: Dataset) -> list[str]:
     """All tags of a split, normalised, without duplicates, in alphabetical order."""
+    return collect_tags(dataset.select_columns("tags").with_format("arrow").iter(batch_size=10_000))
+
+
+def collect_tags(tables: Iterable[pa.Table]) -> list[str]:
+    """As `build_vocabulary`, of rows that come a table at a time."""
     seen: set[str] = set()
-    for rows in dataset.select_columns("tags").with_format("arrow").iter(batch_size=10_000):
+    for rows in tables:
         seen.update(pc.list_flatten(rows["tags"]).unique().to_pylist())
     return sorted({normalize_tag(tag) for tag in seen})

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedConfig, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -16,6 +17,7 @@ from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoP
 
 from .arguments import MagnetoTrainingArguments, UserError
 from .publish import files_to_publish, hub_errors, publish
+from .streaming import StreamedBatches, StreamedDataset
 
 LOGGED_LOSSES = ("final_loss", "tag_loss", "image_loss")
 HUB_FILES = Path(__file__).parent.parent / "hub"
@@ -64,8 +66,32 @@ class MagnetoTrainer(Trainer):
         self._num_logged = 0
 
     def get_train_dataloader(self):
+        if isinstance(self.train_dataset, StreamedDataset):
+            return self._get_stream_loader(self.train_dataset)
         self.data_collator = self.train_collator
         return super().get_train_dataloader()
+
+    def _get_stream_loader(self, dataset: StreamedDataset) -> DataLoader:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=StreamedBatches(
+                dataset, self._train_batch_size, self.args.world_size, self.args.process_index
+            ),
+            collate_fn=self.train_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        # The batches are this process's share already: accelerate would divide them once more, and repeat some.
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # Said here and not in the worker that has noticed it, which cannot end a command with one line.
+        if "unreadable" in inputs:
+            self.train_dataset.leave_out(inputs.pop("unreadable"))
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def get_eval_dataloader(self, eval_dataset=None):
         self.data_collator = self.eval_collator

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,33 @@ def test_a_killed_run_resumes_in_the_middle_of_an_epoch_to_the_same_metrics(conf
         assert torch.equal(weights, AutoModel.from_pretrained(killed).state_dict()[name]), name
 
 
+def test_two_processes_take_the_steps_of_one_from_a_stream(config_file, tmp_path):
+    # Tags alone and without dropout: one process with a batch of 8 takes the steps of two with 4.
+    arguments = [config_file, "--streaming", "true", "--streams", "tag", "--dropout", 0, "--save_strategy", "steps"]
+    arguments += ["--save_steps", 4, "--eval_strategy", "steps", "--eval_steps", 4, "--shuffle_buffer_size", 20]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_well(ONE_PROCESS, "train.py", *arguments, "--save_total_limit", 9, "--output_dir", one)
+    run_well(TWO_PROCESSES, "train.py", *arguments, "--per_device_train_batch_size", 4, "--output_dir", two)
+    assert json.loads((one / "metrics.json").read_text())["test"]["num_images"] == 13
+    weights, same = (load_file(folder / "checkpoint-12" / "model.safetensors") for folder in (one, two))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, same[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_a_streaming_run_resumes_in_the_middle_of_an_epoch_to_the_same_weights(config_file, tmp_path):
+    arguments = [config_file, "--streaming", "true", "--save_strategy", "steps", "--save_steps", 4]
+    arguments += ["--save_total_limit", 9]
+    arguments += ["--eval_strategy", "steps", "--eval_steps", 4, "--dataloader_num_workers", 1]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run_well(ONE_PROCESS, "train.py", *arguments, "--output_dir", whole)
+    shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")  # as if killed in the first of two epochs
+
+    run_well(ONE_PROCESS, "train.py", *arguments, "--resume_from_checkpoint", "true", "--output_dir", resumed)
+
+    weights, same = (load_file(folder / "checkpoint-12" / "model.safetensors") for folder in (whole, resumed))
+    assert weights.keys() == same.keys() and all(torch.equal(weights[name], same[name]) for name in weights)
+
+
 def test_two_processes_train(config_file, tmp_path):
     run_well(TWO_PROCESSES, "train.py", config_file, "--output_dir", tmp_path / "model", "--num_train_epochs", 1)
     metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
@@ -290,6 +318,7 @@ def test_the_outlier_test_counts_images_that_keep_a_strange_tag(trained_dir, dat
         (["--dataset_name", "missing_folder"], 1, "missing_folder"),
         (["--train_split", "training"], 1, "'training'"),
         (["--widget_images", "-1"], 2, "widget_images"),
+        (["--streaming", "true", "--cached_views", "2"], 2, "cached_views is 2, expected 0 with --streaming true"),
         (["--push_to_hub", "true"], 1, "offline mode is enabled"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else None,
