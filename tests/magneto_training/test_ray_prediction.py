@@ -3,14 +3,13 @@
 import datasets
 import pyarrow.parquet as pq
 import pytest
+import ray
 from accelerate import Accelerator
 from conftest import make_rows
 from datasets import Dataset
 
 from magneto_training.arguments import PredictArguments, UserError
 from magneto_training.prediction import load_prediction_split, parts_folder, predict_dataset
-
-ray = pytest.importorskip("ray", reason='needs the extra "ray", which is too large for every development folder')
 
 
 @pytest.fixture(scope="module", autouse=True)

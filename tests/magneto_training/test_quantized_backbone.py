@@ -1,0 +1,111 @@
+"""A backbone in 8-bit integers: near the exact one, the same for every process, refused where it cannot be."""
+
+import pickle
+
+import datasets
+import pytest
+import torch
+from conftest import make_rows
+
+from magneto_training import quantized_backbone
+from magneto_training.arguments import MagnetoTrainingArguments, UsageError, UserError
+from magneto_training.frozen_backbone import FrozenBackbone
+from magneto_training.quantized_backbone import QuantizedBackbone, backbone_for_workers
+from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    return [torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(number)) for number in range(3)]
+
+
+@pytest.fixture
+def rows() -> datasets.Dataset:
+    return datasets.Dataset.from_list(make_rows(5)).cast_column("image", datasets.Image())
+
+
+@pytest.fixture
+def ranges(monkeypatch) -> list[torch.Tensor]:
+    """The batches that set the ranges; nothing is quantized."""
+    seen = []
+    monkeypatch.setattr(quantized_backbone, "_quantize", lambda _, batches: seen.extend(batches) or b"")
+    return seen
+
+
+def test_it_computes_nearly_what_the_backbone_does(tiny_model, photographs):
+    exact = FrozenBackbone(tiny_model, CPU)
+    expected = exact(photographs[0])
+
+    found = QuantizedBackbone(exact, photographs)(photographs[0])
+
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_batch_of_any_size_has_the_features_of_each_photograph(tiny_model, photographs, monkeypatch):
+    backbone = QuantizedBackbone(FrozenBackbone(tiny_model, CPU), photographs)
+    each = torch.cat([backbone(photograph[None]) for photograph in photographs[0]])
+    monkeypatch.setattr(quantized_backbone, "IMAGES_AT_A_TIME", 3)
+
+    torch.testing.assert_close(backbone(photographs[0]), each)
+
+
+def test_another_process_gets_the_same_and_finds_the_same_by_itself(tiny_model, photographs):
+    backbone = QuantizedBackbone(FrozenBackbone(tiny_model, CPU), photographs)
+    expected = backbone(photographs[1])
+
+    sent = pickle.loads(pickle.dumps(backbone))
+    made_again = QuantizedBackbone(FrozenBackbone(tiny_model, CPU), photographs)
+
+    assert torch.equal(sent(photographs[1]), expected)
+    assert torch.equal(made_again(photographs[1]), expected)
+
+
+def test_the_ranges_are_of_the_first_photographs_that_can_be_read(tiny_model, processor, rows, ranges, monkeypatch):
+    monkeypatch.setattr(quantized_backbone, "NUM_PHOTOGRAPHS", 3)
+    monkeypatch.setattr(quantized_backbone, "IMAGES_AT_A_TIME", 2)
+    undecoded = rows.cast_column("image", datasets.Image(decode=False)).to_list()
+    undecoded[1]["image"] = {"bytes": b"no photograph", "path": None}
+    broken = datasets.Dataset.from_list(undecoded, features=rows.features)
+
+    backbone_for_workers(tiny_model, processor, broken, CPU, int8=True)
+    backbone_for_workers(tiny_model, processor, broken.to_iterable_dataset(), CPU, int8=True)
+
+    expected = torch.cat([processor(rows[index]["image"], ["blue"])["pixel_values"] for index in (0, 2, 3)])
+    assert [len(batch) for batch in ranges] == [2, 1, 2, 1]
+    assert torch.equal(torch.cat(ranges), torch.cat([expected, expected]))
+
+
+def test_without_a_readable_photograph_there_are_no_ranges(tiny_model, processor, rows):
+    with pytest.raises(UserError, match="int8 needs photographs"):
+        backbone_for_workers(tiny_model, processor, rows.select([]), CPU, int8=True)
+
+
+def test_a_missing_package_is_named(tiny_model, photographs, monkeypatch):
+    monkeypatch.setattr(quantized_backbone.importlib.util, "find_spec", lambda _: None)
+
+    with pytest.raises(UserError, match=r"onnxscript.*\[export\]"):
+        QuantizedBackbone(FrozenBackbone(tiny_model, CPU), photographs)
+
+
+def test_it_is_refused_on_a_gpu_and_for_a_trained_backbone(tiny_model, tiny_config, processor, rows):
+    trained = MagnetoForTagSummarization(
+        MagnetoConfig(**{**tiny_config.to_dict(), "num_trainable_backbone_stages": 1})
+    )
+    with pytest.raises(UsageError, match="found a GPU"):
+        backbone_for_workers(tiny_model, processor, rows, torch.device("cuda"), int8=True)
+    with pytest.raises(UsageError, match="found a backbone that is trained"):
+        backbone_for_workers(trained, processor, rows, CPU, int8=True)
+
+
+def test_a_tag_only_model_has_nothing_to_quantize(processor, rows):
+    tag_only = MagnetoForTagSummarization(MagnetoConfig(vocab_size=6, streams="tag"))
+
+    assert backbone_for_workers(tag_only, processor, rows, CPU, int8=True) is None
+
+
+def test_cached_features_are_not_of_8_bits(tmp_path):
+    with pytest.raises(UsageError, match="int8"):
+        MagnetoTrainingArguments(str(tmp_path), int8=True, cached_views=2)
