@@ -32,7 +32,6 @@ from magneto_training.augmentation import TagAugmentation
 from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics
 from magneto_training.feature_cache import FeatureCache, build_feature_caches
-from magneto_training.frozen_backbone import share_of_cores
 from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.trainer import MagnetoTrainer
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
@@ -183,8 +182,7 @@ class OurRecipe:
         )
         trainer.add_callback(clock)
         num_threads = torch.get_num_threads()
-        # As accelerate launch and the feature cache do: where there are workers, they need the cores.
-        torch.set_num_threads(1 if self.options["dataloader_num_workers"] else share_of_cores())
+        torch.set_num_threads(1)  # as accelerate launch does
         trainer.train()
         torch.set_num_threads(num_threads)
         return num_steps * BATCH_SIZE / clock.seconds

@@ -35,7 +35,7 @@ from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
 
 from .arguments import MagnetoTrainingArguments, RowArguments, UsageError, UserError
 from .augmentation import ImageAugmentation, example_seed
-from .frozen_backbone import FrozenBackbone, share_of_cores
+from .frozen_backbone import FrozenBackbone
 
 FORMAT = 3  # a change of this file, or of frozen_backbone.py, that changes what is stored makes it 4
 ROWS_PER_FILE = 2048
@@ -156,10 +156,8 @@ def build_feature_caches(
                 "expected a --feature_cache_dir that all processes share"
             )
     if state.device.type == "cpu":
-        # What is left to do for a batch takes less time than to hand it over from another process. So there are no
-        # workers from here on, and their cores, which `accelerate launch` has kept free for them, are this process's.
+        # What is left to do for a batch takes less time than to hand it over from another process.
         training_args.dataloader_num_workers = 0
-        torch.set_num_threads(max(torch.get_num_threads(), share_of_cores()))
     return {name: FeatureCache(builder.files) for name, builder in builders.items()}
 
 

@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 from conftest import make_rows
+from torch import nn
 
 from magneto_training import quantized_backbone
 from magneto_training.arguments import MagnetoTrainingArguments, UsageError, UserError
@@ -109,3 +110,24 @@ def test_a_tag_only_model_has_nothing_to_quantize(processor, rows):
 def test_cached_features_are_not_of_8_bits(tmp_path):
     with pytest.raises(UsageError, match="int8"):
         MagnetoTrainingArguments(str(tmp_path), int8=True, cached_views=2)
+
+
+class Branching(nn.Module):
+    """A backbone that cannot be exported: what it does depends on what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3)
+
+    def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = self.convolution(pixel_values)
+        return features if features.sum() > 0 else -features
+
+
+def test_a_backbone_that_cannot_be_exported_is_an_error_in_one_line(tiny_model, photographs):
+    tiny_model.magneto.image_feature_extractor.backbone = Branching().eval()
+
+    with pytest.raises(UserError, match="int8: this backbone cannot be exported") as error:
+        QuantizedBackbone(FrozenBackbone(tiny_model, CPU), photographs)
+
+    assert "\n" not in str(error.value)
