@@ -63,12 +63,14 @@ def main() -> None:
     )
     train_collator = TagCollator.for_training(processor, data_args, backbone=backbone)
     eval_collator = TagCollator(processor, backbone=backbone)
+    shortest_side = train_collator.image_augmentation.shortest_side
+    train = AugmentedDataset(splits["train"], training_args.seed, features.get("train"), shortest_side)
     validation = SeededDataset(splits["validation"], training_args.seed, features.get("validation"))
     trainer = MagnetoTrainer(
         model,
         training_args,
         processor,
-        train_dataset=AugmentedDataset(splits["train"], training_args.seed, features.get("train")),
+        train_dataset=train,
         eval_dataset=validation,
         train_collator=OutlierCollator(train_collator, data_args.outlier_ratio),
         eval_collator=OutlierCollator(eval_collator, data_args.outlier_ratio),

@@ -35,11 +35,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    options = {"bf16": True, "dataloader_num_workers": 1, "use_cpu": args.device == "cpu"}
+    options = {"bf16": False, "dataloader_num_workers": 0, "use_cpu": args.device == "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         few = draw_rows(NUM_DIFFERENT)
         sizes = {num_rows: repeat(few, num_rows, Path(folder)) for num_rows in SIZES}
-        live = {f"{size:,} rows, live": OurRecipe(rows, folder, options, **TINY) for size, rows in sizes.items()}
+        with_worker = {**options, "dataloader_num_workers": 1}
+        live = {f"{size:,} rows, live": OurRecipe(rows, folder, with_worker, **TINY) for size, rows in sizes.items()}
         cached = {
             f"{size:,} rows, cached": OurRecipe(rows, folder, options, features=some_features(size, Path(folder)))
             for size, rows in sizes.items()

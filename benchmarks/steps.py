@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from magneto_training.augmentation import ImageAugmentation
 from magneto_training.frozen_backbone import FrozenBackbone
+from magneto_training.quantized_backbone import QuantizedBackbone
 
 from .training import BATCH_SIZE, OurRecipe, draw_rows
 
@@ -28,7 +29,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:1]))
-    options = {"bf16": True, "dataloader_num_workers": 0, "use_cpu": True}
+    options = {"bf16": False, "dataloader_num_workers": 0, "use_cpu": True}
     recipe = OurRecipe(draw_rows(NUM_BATCHES * BATCH_SIZE), "unused", options)
     model, collator = recipe.model.train(), recipe.collator
     backbones = {
@@ -41,11 +42,13 @@ def main() -> None:
     collator.backbone = None  # the backbone's time is taken by itself
     photographs = [collator(batch) for batch in rows]
     pixel_values = [batch.pop("pixel_values") for batch in photographs]
+    backbones["8-bit integers"] = QuantizedBackbone(backbones["float32"], pixel_values)
     batches = [
-        {**batch, "image_features": backbones["bfloat16"](pixels)}
+        {**batch, "image_features": backbones["float32"](pixels)}
         for batch, pixels in zip(photographs, pixel_values, strict=True)
     ]
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=True)
 
     def augment() -> None:
         for batch in rows:
@@ -54,9 +57,7 @@ def main() -> None:
 
     def train_heads() -> None:
         for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**batch).loss
-            loss.backward()
+            model(**batch).loss.backward()
 
     def step() -> None:
         for _ in batches:

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+CROP_RATIOS = (3 / 4, 4 / 3)  # width to height
+
 
 @dataclass
 class TagAugmentation:
@@ -79,7 +81,10 @@ class ImageAugmentation:
     def __init__(self, image_size: int, min_crop_scale: float = 0.3, auto_augment: bool = True):
         if not 0 < min_crop_scale <= 1:
             raise ValueError(f"min_crop_scale is {min_crop_scale}, expected a share in (0, 1]")
-        steps = [v2.RandomResizedCrop(image_size, scale=(min_crop_scale, 1.0)), v2.RandomHorizontalFlip()]
+        # Below this many pixels on a photograph's shortest side, the smallest crop of it would have to be enlarged.
+        self.shortest_side = math.ceil(image_size / math.sqrt(min_crop_scale * min(CROP_RATIOS)))
+        crop = v2.RandomResizedCrop(image_size, scale=(min_crop_scale, 1.0), ratio=CROP_RATIOS)
+        steps = [crop, v2.RandomHorizontalFlip()]
         if auto_augment:
             steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
         self.transform = v2.Compose(steps)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -13,6 +14,7 @@ from .arguments import RowArguments
 from .augmentation import ImageAugmentation, TagAugmentation, draw_outliers, example_seed
 from .feature_cache import FeatureCache
 from .frozen_backbone import FrozenBackbone
+from .tag_data import DataError, read_photograph
 
 
 class SeededDataset(torch.utils.data.Dataset):
@@ -55,12 +57,35 @@ class SeededDataset(torch.utils.data.Dataset):
 
 
 class AugmentedDataset(SeededDataset):
-    """Training rows, whose random changes differ in every epoch."""
+    """Training rows, whose random changes differ in every epoch.
 
-    def __init__(self, dataset: Dataset, seed: int, features: FeatureCache | None = None):
+    Args:
+        dataset, seed, features: As in `SeededDataset`.
+        shortest_side: As in `read_photograph`: what the augmentation needs of a photograph.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        features: FeatureCache | None = None,
+        shortest_side: int | None = None,
+    ):
+        if "image" in dataset.column_names:
+            dataset = dataset.cast_column("image", datasets.Image(decode=False))
         super().__init__(dataset, seed, features)
+        self.shortest_side = shortest_side
         # Shared memory: workers that outlive an epoch see the next one too.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        rows = super().__getitems__(indices)
+        for row in rows:
+            if "image" in row:
+                row["image"] = read_photograph(row["image"], self.shortest_side)
+                if row["image"] is None:  # when the rows were checked, it could be
+                    raise DataError(f"the photograph of item_id {row['item_id']} can no longer be read")
+        return rows
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader before each epoch."""

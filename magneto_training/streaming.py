@@ -220,7 +220,7 @@ class StreamedCollator:
     picture without a label that counts: the step is taken, since other processes wait for it, but nothing is learned.
 
     Args:
-        collate: Rows with decoded photographs to tensors.
+        collate: Rows with decoded photographs to tensors, augmented.
     """
 
     def __init__(self, collate: TagCollator):
@@ -229,7 +229,8 @@ class StreamedCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | list[str]]:
         if not self.collate.processor.use_images:
             return self.collate(rows)
-        rows = [{**row, "image": read_photograph(row["image"])} for row in rows]
+        shortest_side = self.collate.image_augmentation.shortest_side
+        rows = [{**row, "image": read_photograph(row["image"], shortest_side)} for row in rows]
         unreadable = [row["item_id"] for row in rows if row["image"] is None]
         readable = [row for row in rows if row["image"] is not None]
         batch = self.collate(readable or [{**rows[0], "image": Image.new("RGB", (64, 64), (128, 128, 128))}])

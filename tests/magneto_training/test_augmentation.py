@@ -1,3 +1,4 @@
+import math
 import random
 from collections import Counter
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from magneto_training.augmentation import ImageAugmentation, TagAugmentation, example_seed
 
@@ -180,3 +182,16 @@ def test_every_example_of_every_epoch_of_every_run_has_its_own_seed():
     assert example_seed(1, 2, 3) == example_seed(1, 2, 3)
     assert all(0 <= seed < 2**64 for seed in seeds)
     torch.manual_seed(max(seeds)), np.random.default_rng(max(seeds))  # both take all 64 bits
+
+
+@pytest.mark.parametrize("size", [(100, 100), (160, 90), (90, 160)])
+def test_no_crop_of_a_photograph_with_the_shortest_side_is_enlarged(size):
+    augmentation = ImageAugmentation(32, 0.3, auto_augment=False)
+    scale = augmentation.shortest_side / min(size)
+    photograph = Image.new("RGB", (math.ceil(size[0] * scale), math.ceil(size[1] * scale)))
+    crop = augmentation.transform.transforms[0]
+
+    for seed in range(300):
+        torch.manual_seed(seed)
+        sides = crop.make_params([v2.functional.to_image(photograph)])
+        assert min(sides["height"], sides["width"]) >= 32 - 1  # sides are rounded

@@ -1,5 +1,6 @@
 import doctest
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from magneto_training import collation
 from magneto_training.augmentation import ImageAugmentation, TagAugmentation
 from magneto_training.collation import AugmentedDataset, TagCollator
+from magneto_training.tag_data import DataError
 from modeling_magneto import MagnetoProcessor
 
 
@@ -77,3 +79,17 @@ def test_every_epoch_has_its_own_seeds_in_workers_that_live_on_too(num_workers):
     assert len({seed for epoch in epochs for _, seed in epoch}) == 18
     rows.set_epoch(1)
     assert [(row["item_id"], row["seed"]) for row in rows] == epochs[1]  # a resumed run draws the same
+
+
+def test_training_reads_large_photographs_at_the_scale_that_it_needs_and_names_one_that_is_gone(processor, tmp_path):
+    Image.new("RGB", (400, 300), (10, 200, 30)).save(tmp_path / "large.jpg")
+    rows = Dataset.from_dict({"item_id": ["a"], "image": [str(tmp_path / "large.jpg")]})
+    rows = rows.cast_column("image", datasets.Image())
+    training = AugmentedDataset(rows, seed=0, shortest_side=ImageAugmentation(32, 0.3).shortest_side)
+
+    assert training[0]["image"].size == (100, 75)
+    assert AugmentedDataset(rows, seed=0)[0]["image"].size == (400, 300)
+
+    (tmp_path / "large.jpg").unlink()
+    with pytest.raises(DataError, match="item_id a can no longer be read"):
+        training[0]
