@@ -34,7 +34,7 @@ def main() -> None:
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
-    # Data: one process reads and checks, the others find its result in the cache.
+    # Data: one process reads and checks, the others find its result in the cache. Nothing of a stream is kept.
     use_images = model_args.streams != "tag"
     with training_args.main_process_first(desc="reading the dataset"):
         if data_args.streaming:

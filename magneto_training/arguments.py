@@ -187,8 +187,8 @@ class MagnetoTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better figure.")
     int8: bool = _option(
         False,
-        "Without a GPU, run the frozen backbone in 8-bit integers: three to six times as fast; scores differ by about "
-        "0.01. Needs the extra export.",
+        "Without a GPU, run the frozen backbone in 8-bit integers: three to four times as fast on processors with "
+        "VNNI, and there scores differ by about 0.01. Needs the extra export.",
     )
     cached_views: int = _option(
         0, "Run a frozen backbone once over this many augmented views of each photograph, and train from its features."
@@ -254,8 +254,8 @@ class PredictArguments:
     bf16: bool = _option(False, "Compute in bfloat16 where that is safe: about twice as fast, scores differ by 0.01.")
     int8: bool = _option(
         False,
-        "Without a GPU, run the frozen backbone in 8-bit integers: three to six times as fast; scores differ by about "
-        "0.01. Needs the extra export.",
+        "Without a GPU, run the frozen backbone in 8-bit integers: three to four times as fast on processors with "
+        "VNNI, and there scores differ by about 0.01. Needs the extra export.",
     )
     rows_per_part: int = _option(
         1024, "Rows that are written at a time. A killed prediction goes on at the first part that is not there."

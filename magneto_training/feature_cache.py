@@ -119,7 +119,7 @@ def build_feature_caches(
 
     `train` gets `cached_views` augmented views, or with one view what evaluation sees; the other splits get that. The
     size is announced before. Each process does its share, and an interrupted build goes on where it was. Afterwards,
-    without a GPU, `training_args.dataloader_num_workers` is 0.
+    without a GPU, `training_args` asks for no workers.
 
     Args:
         model: With the weights it is trained with, and a frozen backbone.
@@ -158,6 +158,9 @@ def build_feature_caches(
     if state.device.type == "cpu":
         # What is left to do for a batch takes less time than to hand it over from another process.
         training_args.dataloader_num_workers = 0
+        training_args.dataloader_persistent_workers = False
+        training_args.dataloader_prefetch_factor = None
+        training_args.dataloader_multiprocessing_context = None
     return {name: FeatureCache(builder.files) for name, builder in builders.items()}
 
 

@@ -1,4 +1,4 @@
-"""A frozen backbone in 8-bit integers (--int8): without a GPU, three to four times as fast as in float32.
+"""A frozen backbone in 8-bit integers (--int8): three to four times as fast as in float32 on processors with VNNI.
 
 Weights and activations become integers of 8 bits, by ONNX Runtime's static quantization. The range of each activation
 is what the first photographs of the dataset reach, so every process finds the same. Everything behind the backbone

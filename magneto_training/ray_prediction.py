@@ -5,6 +5,7 @@ dataset, model and output folder must be where every machine finds them, on the 
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import ray
@@ -13,8 +14,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .arguments import PredictArguments, UserError
+from .frozen_backbone import FrozenBackbone
 from .prediction import load_model, load_prediction_split, missing_parts, part_ranges, predict_parts, rows_for_model
-from .quantized_backbone import backbone_for_workers
+from .quantized_backbone import QuantizedBackbone, backbone_for_workers
 
 TASKS_PER_WORKER = 32  # a task may be several parts; few enough that handing them out costs nothing
 
@@ -28,8 +30,11 @@ class _Worker:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")  # Ray shows a worker its own GPU
         dataset = load_prediction_split(args, self.processor.use_images)
         self.rows = rows_for_model(dataset, self.processor, args)
-        self.backbone = backbone_for_workers(
-            self.model, self.processor, dataset, self.model.device, args.bf16, args.int8
+
+    @functools.cached_property
+    def backbone(self) -> FrozenBackbone | QuantizedBackbone | None:
+        return backbone_for_workers(
+            self.model, self.processor, self.rows.dataset, self.model.device, self.args.bf16, self.args.int8
         )
 
     def __call__(self, batch: dict) -> dict:

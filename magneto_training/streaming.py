@@ -38,7 +38,9 @@ LABEL_COLUMNS = ["item_id", "tags", "important_tags"]
 
 
 def check_streaming(data_args: DataArguments, training_args: MagnetoTrainingArguments) -> None:
-    """Raise `UsageError` where a run is to stream rows and to keep their features."""
+    """Raise `UsageError` where a run is to stream rows and to do what needs to look them up."""
+    if data_args.streaming and training_args.dataloader_drop_last:
+        raise UsageError("dataloader_drop_last is true, expected false with --streaming true: every row has its turn")
     if data_args.streaming and training_args.cached_views:
         raise UsageError(
             f"cached_views is {training_args.cached_views}, expected 0 with --streaming true: cached features are "
@@ -217,7 +219,7 @@ class StreamedCollator:
     """Undecoded rows to a batch of tensors, in the worker. Rows whose photograph cannot be read are not in it.
 
     Their ids are under `unreadable`, for `StreamedDataset.leave_out`. Where all are unreadable, the batch is one grey
-    picture without a label that counts: the step is taken, since other processes wait for it, but nothing is learned.
+    picture without a label that counts: the step is taken, since other processes wait for it, with a gradient of zero.
 
     Args:
         collate: Rows with decoded photographs to tensors, augmented.

@@ -170,9 +170,9 @@ def test_two_processes_take_the_steps_of_one_from_a_stream(config_file, tmp_path
         torch.testing.assert_close(tensor, same[name], atol=1e-6, rtol=0, msg=name)
 
 
-def test_a_streaming_run_resumes_in_the_middle_of_an_epoch_to_the_same_weights(config_file, tmp_path):
+def test_a_streaming_run_in_8_bits_resumes_in_the_middle_of_an_epoch_to_the_same_weights(config_file, tmp_path):
     arguments = [config_file, "--streaming", "true", "--save_strategy", "steps", "--save_steps", 4]
-    arguments += ["--save_total_limit", 9]
+    arguments += ["--save_total_limit", 9, "--int8", "true", "--num_trainable_backbone_stages", 0]
     arguments += ["--eval_strategy", "steps", "--eval_steps", 4, "--dataloader_num_workers", 1]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run_well(ONE_PROCESS, "train.py", *arguments, "--output_dir", whole)

@@ -171,8 +171,13 @@ def test_torch_compile_needs_no_graph_break(processor, streams, calibration, tra
         inputs["labels"] = processor([draw(COLORS, COLORS[:1])] * 2, rows, [["red"], ["green"]])["labels"]
 
     # The graph breaks where Dynamo gives up; what is made of the graph afterwards is PyTorch's affair.
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
 
     found, expected = compiled(**inputs), model(**inputs)
+    assert len(graphs) == 1
     assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    real = inputs["attention_mask"].bool()  # what stands in the padding means nothing, and training leaves it out
+    for name in expected:
+        at = real if expected[name].shape == real.shape else ...
+        torch.testing.assert_close(found[name][at], expected[name][at], atol=1e-6, rtol=1e-5)

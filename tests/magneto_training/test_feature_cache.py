@@ -94,13 +94,16 @@ def test_views_and_mixtures_are_drawn_evenly():
 
 
 def test_reading_features_takes_no_workers(tiny_model, processor, splits, tmp_path):
+    workers = {"num_workers": 1, "persistent_workers": True, "prefetch_factor": 2, "multiprocessing_context": "fork"}
+    options = {f"dataloader_{name}": value for name, value in workers.items()}
     args = MagnetoTrainingArguments(
-        str(tmp_path / "run"), cached_views=1, feature_cache_dir=str(tmp_path), dataloader_num_workers=1, use_cpu=True
+        str(tmp_path / "run"), cached_views=1, feature_cache_dir=str(tmp_path), use_cpu=True, **options
     )
 
     build_feature_caches(tiny_model, processor, splits, DataArguments(dataset_name="drawn"), args)
 
-    assert args.dataloader_num_workers == 0
+    settings = {name: getattr(args, f"dataloader_{name}") for name in workers}
+    assert torch.utils.data.DataLoader(splits["train"], **settings).num_workers == 0
 
 
 def test_epochs_draw_differently_and_the_same_again(build, splits):

@@ -490,6 +490,19 @@ def test_a_frozen_backbone_keeps_eval_mode_and_its_statistics(tiny_config):
     assert before and all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_training_mode_freezes_again_what_somebody_has_unfrozen(tiny_config):
+    model = build(tiny_config).train()
+    backbone = model.magneto.image_feature_extractor.backbone
+
+    model.requires_grad_(True)
+    model.train()
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    backbone.train()
+    model.train()
+    assert not any(module.training for module in backbone.modules())
+    assert model.training and model.magneto.image_feature_extractor.norm.training
+
+
 def test_norms_can_be_frozen_in_trained_stages(tiny_config):
     model, batch = build(tiny_config, num_trainable_backbone_stages=-1, freeze_backbone_norm=True), make_batch()
     before = backbone_statistics(model)
