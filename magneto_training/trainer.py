@@ -97,6 +97,20 @@ class MagnetoTrainer(Trainer):
         self.data_collator = self.eval_collator
         return super().get_eval_dataloader(eval_dataset)
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_or_measure(parameters, max_norm, norm_type=2):
+            # Trainer learns the norm by clipping to infinity, which multiplies every gradient by one: on a CPU, with
+            # many tags in the vocabulary, that takes longer than a layer.
+            if max_norm != float("inf") or self.args.device.type != "cpu":
+                return clip(parameters, max_norm, norm_type)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            return torch.nn.utils.get_total_norm(gradients, norm_type)
+
+        self.accelerator.clip_grad_norm_ = clip_or_measure
+
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)

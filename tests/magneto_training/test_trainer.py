@@ -181,6 +181,23 @@ def test_a_saved_model_brings_its_endpoint_and_a_pretrained_one_has_none(make_tr
     assert [name in names for name in ("handler.py", "requirements.txt")] == [expected] * 2
 
 
+def test_the_norm_of_the_gradients_is_logged_and_they_are_clipped_on_request_alone(make_trainer):
+    steps = {"max_steps": 1, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    options = {"config_changes": {"dropout": 0.0}, "load_best_model_at_end": False, "learning_rate": 1.0, **steps}
+    moved, logged = {}, {}
+    for max_norm in (0.0, 0.05):
+        torch.manual_seed(0)
+        trainer = make_trainer(max_grad_norm=max_norm, **options)
+        before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
+        trainer.train()
+        after = trainer.model.named_parameters()
+        moved[max_norm] = sum((tensor - before[name]).square().sum() for name, tensor in after).sqrt().item()
+        logged[max_norm] = trainer.state.log_history[0]["grad_norm"]
+
+    assert logged[0.0] == pytest.approx(logged[0.05]) == pytest.approx(moved[0.0], rel=1e-4)
+    assert moved[0.05] == pytest.approx(0.05, rel=1e-3) and logged[0.05] > 0.05
+
+
 def test_early_stopping(make_trainer):
     trainer = make_trainer({"streams": "tag"}, num_train_epochs=20, early_stopping_patience=1, learning_rate=0.0)
 
