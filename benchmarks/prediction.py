@@ -48,8 +48,9 @@ def main() -> None:
             "plain": plain.predict,
             "predict.py": ours.predict,
             "predict.py --bf16 true": lambda: ours.predict("bf16"),
-            "predict.py --int8 true": lambda: ours.predict("int8"),
         }
+        if "int8" in ours.backbones:
+            ways["predict.py --int8 true"] = lambda: ours.predict("int8")
         rates = measure(ways, args.rounds)
         print(f"| prediction, {NUM_ROWS:,} photographs | images/s, median | ratio, median of the rounds | expected |")
         print("|---|---|---|---|")
@@ -67,10 +68,9 @@ def main() -> None:
         photograph.write_bytes(rows.cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"])
         for name, predict_one in (("plain", plain.predict_one), ("pipeline", ours.predict_one)):
             print(f"| {name} | {1000 * latency(predict_one, photograph, rows[0]['tags']):.1f} |")
-        print(
-            f"\nTo make the backbone of 8-bit integers takes {ours.seconds_to_quantize:.1f} s, once for each command."
-        )
-    sys.exit(ratios["predict.py --int8 true"] < MIN_RATIO)
+        if "int8" in ours.backbones:
+            print(f"\nThe backbone of 8-bit integers is made in {ours.seconds_to_quantize:.1f} s, once a command.")
+    sys.exit(ratios.get("predict.py --int8 true", MIN_RATIO) < MIN_RATIO)
 
 
 def measure(ways: dict, rounds: int) -> dict[str, list[float]]:
@@ -105,7 +105,7 @@ class OurPrediction:
         self.processor = MagnetoProcessor.from_vocabulary(VOCABULARY)
         self.dataset = load_prediction_split(self._arguments(), use_images=True)
         self.backbones = {}
-        for precision in (None, "bf16", "int8"):
+        for precision in (None, "bf16", *(["int8"] if self.accelerator.device.type == "cpu" else [])):
             start = time.perf_counter()
             self.backbones[precision] = load_backbone(*self._inputs(precision))
             self.seconds_to_quantize = time.perf_counter() - start  # of the last

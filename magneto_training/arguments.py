@@ -188,7 +188,7 @@ class MagnetoTrainingArguments(TrainingArguments):
     int8: bool = _option(
         False,
         "Without a GPU, run the frozen backbone in 8-bit integers: three to four times as fast on processors with "
-        "VNNI, and there scores differ by about 0.01. Needs the extra export.",
+        "VNNI, and there scores differ by 0.01 in the mean, single ones by more. Needs the extra export.",
     )
     cached_views: int = _option(
         0, "Run a frozen backbone once over this many augmented views of each photograph, and train from its features."
@@ -251,11 +251,13 @@ class PredictArguments:
     num_workers: int | None = _option(
         None, "Processes that read photographs, and without a GPU run the backbone; by default one for each core."
     )
-    bf16: bool = _option(False, "Compute in bfloat16 where that is safe: about twice as fast, scores differ by 0.01.")
+    bf16: bool = _option(
+        False, "Compute in bfloat16 where that is safe; for processors quick at it. Scores differ by 0.01."
+    )
     int8: bool = _option(
         False,
         "Without a GPU, run the frozen backbone in 8-bit integers: three to four times as fast on processors with "
-        "VNNI, and there scores differ by about 0.01. Needs the extra export.",
+        "VNNI, and there scores differ by 0.01 in the mean, single ones by more. Needs the extra export.",
     )
     rows_per_part: int = _option(
         1024, "Rows that are written at a time. A killed prediction goes on at the first part that is not there."
@@ -420,5 +422,7 @@ def user_errors_in_one_line(command: str):
     try:
         yield
     except (UserError, OSError) as error:  # also a full disk, or a folder that cannot be written
-        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # From a data loader's worker comes its whole traceback as the message; what we have to say is the end of it.
+        reason = str(error).rpartition(f"{type(error).__name__}: ")[2]
+        print(f"{command}: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -6,7 +6,6 @@ feature maps, which are also smaller than photographs.
 """
 
 import copy
-import os
 
 import torch
 from torch import nn
@@ -16,12 +15,6 @@ from torch.fx.proxy import TraceError
 from modeling_magneto import MagnetoPreTrainedModel
 
 IMAGES_AT_A_TIME = 32
-
-
-def share_of_cores() -> int:
-    """How many cores this process may use, if the others of its kind on this machine take their share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class FrozenBackbone:

@@ -14,6 +14,7 @@ import csv
 import functools
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections import deque
@@ -40,7 +41,7 @@ from modeling_magneto.modeling_magneto import MagnetoOutput
 from .arguments import PredictArguments, UserError
 from .collation import OutlierDataset, SeededDataset, TagCollator, without_images
 from .evaluation import combine_metrics, evaluate_selection, output_names, write_metrics
-from .frozen_backbone import FrozenBackbone, share_of_cores
+from .frozen_backbone import FrozenBackbone
 from .initialization import load_source
 from .quantized_backbone import QuantizedBackbone, backbone_for_workers
 from .tag_data import DataError, check_columns, checked_split, find_problems, load_tag_dataset, read_photograph
@@ -432,7 +433,10 @@ def predict_parts(
 
 def _count_workers(num_rows: int, device: torch.device) -> int:
     """This process's share of the cores, unless there is little to do."""
-    share = share_of_cores() if device.type == "cpu" else min(share_of_cores(), MAX_WORKERS)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type != "cpu":
+        share = min(share, MAX_WORKERS)
     num_workers = min(share, num_rows // ROWS_PER_WORKER)
     return num_workers if num_workers > 1 else 0
 

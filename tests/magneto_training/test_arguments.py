@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from magneto_training.arguments import (
     DataArguments,
@@ -13,6 +14,7 @@ from magneto_training.arguments import (
     parse_arguments,
     user_errors_in_one_line,
 )
+from magneto_training.tag_data import DataError
 from modeling_magneto import MagnetoConfig
 
 PREDICT = ["--model_name_or_path", "model", "--dataset_name", "data", "--output_file", "out.parquet"]
@@ -268,3 +270,20 @@ def test_a_file_for_two_commands_may_hold_the_fields_of_both(tmp_path):
         parse_arguments((PretrainingDataArguments,), [str(file)])
     with pytest.raises(UsageError, match="unknown field 'tag_add_ratio' in the command line"):
         parse_arguments((PretrainingDataArguments,), [str(file), "--tag_add_ratio", "1"], passed_over=(DataArguments,))
+
+
+class UnreadableRows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        raise DataError("row 0 is bad")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_worker_is_as_short_as_any_other(num_workers, capsys):
+    with pytest.raises(SystemExit) as end, user_errors_in_one_line("train.py"):
+        next(iter(torch.utils.data.DataLoader(UnreadableRows(), num_workers=num_workers)))
+
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "train.py: error: row 0 is bad\n"

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from conftest import make_rows
 from datasets import Dataset
 
-from magneto_training import frozen_backbone, prediction
+from magneto_training import prediction
 from magneto_training.arguments import PredictArguments, UsageError, UserError
 from magneto_training.prediction import (
     describe_files,
@@ -242,7 +242,7 @@ def test_a_process_starts_workers_on_its_share_of_the_cores(
 ):
     args = PredictArguments("model", "data", str(tmp_path / "out.parquet"))
     asked = []
-    monkeypatch.setattr(frozen_backbone.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(prediction.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(prediction, "predict_batches", lambda *positional, **_: asked.append(positional[4]) or [])
 

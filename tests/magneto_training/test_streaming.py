@@ -188,6 +188,12 @@ def test_cached_features_need_rows_to_look_up(folder, tmp_path):
         check_streaming(data_args, MagnetoTrainingArguments(output_dir=str(tmp_path), cached_views=2))
 
 
+def test_the_last_rows_of_a_stream_are_not_dropped(folder, tmp_path):
+    data_args = DataArguments(dataset_name=str(folder), streaming=True)
+    with pytest.raises(UsageError, match="dataloader_drop_last is true, expected false with --streaming true"):
+        check_streaming(data_args, MagnetoTrainingArguments(output_dir=str(tmp_path), dataloader_drop_last=True))
+
+
 def test_the_shuffle_buffer_holds_a_row_at_least():
     with pytest.raises(UsageError, match="shuffle_buffer_size is 0, expected at least 1"):
         DataArguments(dataset_name="data", shuffle_buffer_size=0)
