@@ -197,8 +197,11 @@ class _Builder:
         ]
 
     def all_files(self) -> list[tuple[int, int]]:
-        """View and number of each file."""
-        return [(view, number) for view, files in enumerate(self.files) for number in range(len(files))]
+        """View and number of each file: all views of the first rows, then of the next.
+
+        Neighbours go to different processes, and so the smaller last file of each view is not always the same one's.
+        """
+        return [(view, number) for number in range(len(self.files[0])) for view in range(len(self.files))]
 
     def missing(self, files: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Those of the files that are not there yet."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -13,10 +14,11 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 import yaml
 from hub_server import HubServer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from modeling_magneto import MagnetoForOutlierDetection, MagnetoForTagSummarization
@@ -204,6 +206,47 @@ def test_two_processes_take_the_same_steps_as_one(config_file, tmp_path):
     log, same_log = (json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, two))
     assert log[0]["step"] == same_log[0]["step"] == 6
     assert log[0]["final_loss"] == pytest.approx(same_log[0]["final_loss"], abs=1e-5)
+
+
+def test_two_processes_share_the_making_of_a_feature_cache_and_take_the_same_steps_as_one(config_file, tmp_path):
+    backbone, script = tmp_path / "backbone.safetensors", tmp_path / "fixed_norm.py"
+    save_file(timm.create_model("test_resnet.r160_in1k").state_dict(), backbone)
+    # Batch norm sees only the photographs of its own process: here it stays as it is.
+    script.write_text(
+        f"import runpy, sys\nfrom torch import nn\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "nn.BatchNorm2d.train = lambda norm, mode=True: nn.Module.train(norm, False)\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    arguments = [config_file, "--cached_views", 2, "--backbone_weights", backbone, "--disable_tqdm", "false"]
+    arguments += ["--num_trainable_backbone_stages", 0, "--dropout", 0, "--num_train_epochs", 1]
+
+    def train(launcher, name, batch_size, cache, seed=0):
+        own = ["--output_dir", tmp_path / name, "--feature_cache_dir", cache, "--seed", seed]
+        done = run(launcher, script, *arguments, *own, "--per_device_train_batch_size", batch_size)
+        assert done.returncode == 0, done.stderr[-3000:]
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert {split: figures["num_images"] for split, figures in metrics.items()} == {"validation": 16, "test": 13}
+        return done
+
+    def stored(cache):
+        return {path.relative_to(cache): path for path in cache.rglob("view-*") if path.suffix != ".lock"}
+
+    def share_of_the_first(done):
+        return re.search(r"Caching features: 100%.* (\d+)/", done.stderr)[1]
+
+    cache, other_cache = tmp_path / "cache", tmp_path / "other_cache"
+    assert share_of_the_first(train(ONE_PROCESS, "one", 8, cache)) == "96"  # two views of 48 photographs
+    assert share_of_the_first(train(TWO_PROCESSES, "two", 4, other_cache)) == "48"
+    files, same = stored(cache), stored(other_cache)
+    assert files.keys() == same.keys() and len(files) == 2 + 1 + 1  # train, validation, test
+    assert all(file.read_bytes() == same[name].read_bytes() for name, file in files.items())
+    weights, same = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, same[name], atol=1e-6, rtol=0, msg=name)
+
+    times = {name: file.stat().st_mtime_ns for name, file in files.items()}
+    assert "of which 0 are to be computed" in train(TWO_PROCESSES, "another_seed", 4, cache, seed=1).stdout
+    assert {name: file.stat().st_mtime_ns for name, file in stored(cache).items()} == times
 
 
 def test_predictions_of_two_processes_equal_those_of_one(trained_dir, dataset_dir, tmp_path):

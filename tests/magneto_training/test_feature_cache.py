@@ -174,6 +174,15 @@ def test_processes_share_out_all_files_whatever_the_others_have_made(build, monk
     assert shares == [[(0, 2)], [(0, 1)]]
 
 
+def test_no_process_has_all_the_small_files(build, splits, monkeypatch):
+    builders = []
+    monkeypatch.setattr(feature_cache._Builder, "build", lambda self, state: builders.append(self))
+    with pytest.raises(UserError, match="lacks 4 files"):
+        build(views=2, rows={"train": splits["validation"]})  # of each view, a file of 3 rows and one of 1
+    shares = [builders[0].all_files()[rank::2] for rank in (0, 1)]
+    assert [sorted(number for _, number in share) for share in shares] == [[0, 1], [0, 1]]
+
+
 def test_other_photographs_or_weights_never_share_files(build, tiny_model, splits, tmp_path):
     build(views=1)
     folders = set((tmp_path / "cache").iterdir())
