@@ -24,7 +24,7 @@ from magneto_training.initialization import initialize_model, new_model
 from magneto_training.model_card import write_model_card
 from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.tag_data import build_vocabulary, load_pretraining_splits
-from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
+from magneto_training.trainer import MagnetoTrainer, check_backbone_options, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoForOutlierDetection, MagnetoProcessor
 
 
@@ -32,6 +32,7 @@ def main() -> None:
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, PretrainingDataArguments, PretrainingArguments), passed_over=(DataArguments,)
     )
+    check_backbone_options(model_args, training_args)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
@@ -50,7 +51,7 @@ def main() -> None:
     if checkpoint is None:
         initialize_model(model, processor, model_args, training_args.seed)
     else:
-        check_checkpoint(checkpoint, model.config)
+        check_checkpoint(checkpoint, model.config, processor)
         # Into the memory that the interrupted run had: elsewhere, other kernels may round otherwise.
         model.load_state_dict(MagnetoForOutlierDetection.from_pretrained(checkpoint).state_dict())
     features = {}
@@ -58,9 +59,11 @@ def main() -> None:
         features = build_feature_caches(model, processor, splits, data_args, training_args)
 
     # Training. The validation split's outliers are the same in every epoch.
-    backbone = backbone_for_workers(
-        model, processor, splits["train"], training_args.device, training_args.bf16, training_args.int8
-    )
+    backbone = None
+    if not features:
+        backbone = backbone_for_workers(
+            model, processor, splits["train"], training_args.device, training_args.bf16, training_args.int8
+        )
     train_collator = TagCollator.for_training(processor, data_args, backbone=backbone)
     eval_collator = TagCollator(processor, backbone=backbone)
     shortest_side = train_collator.image_augmentation.shortest_side

@@ -24,23 +24,25 @@ from magneto_training.publish import choose_widget_rows
 from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.streaming import StreamedCollator, StreamedDataset, check_streaming, load_streamed_splits
 from magneto_training.tag_data import build_vocabulary, load_training_splits
-from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
+from magneto_training.trainer import MagnetoTrainer, check_backbone_options, check_checkpoint, find_checkpoint
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
 
 
 def main() -> None:
     model_args, data_args, training_args = parse_arguments((ModelArguments, DataArguments, MagnetoTrainingArguments))
     check_streaming(data_args, training_args)
+    check_backbone_options(model_args, training_args)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
-    # Data: one process reads and checks, the others find its result in the cache. Nothing of a stream is kept.
+    # Data: one process reads and checks, the others find its result in the cache. Of a stream nothing is kept, so they
+    # read it at the same time.
     use_images = model_args.streams != "tag"
-    with training_args.main_process_first(desc="reading the dataset"):
-        if data_args.streaming:
-            stream, splits = load_streamed_splits(data_args, use_images)
-            vocabulary = stream.vocabulary
-        else:
+    if data_args.streaming:
+        stream, splits = load_streamed_splits(data_args, use_images)
+        vocabulary = stream.vocabulary
+    else:
+        with training_args.main_process_first(desc="reading the dataset"):
             splits = load_training_splits(data_args, use_images)
             vocabulary = build_vocabulary(splits["train"])
 
@@ -53,7 +55,7 @@ def main() -> None:
     if checkpoint is None:
         initialize_model(model, processor, model_args, training_args.seed)
     else:
-        check_checkpoint(checkpoint, model.config)
+        check_checkpoint(checkpoint, model.config, processor)
         # Into the memory that the interrupted run had: elsewhere, other kernels may round otherwise.
         model.load_state_dict(MagnetoForTagSummarization.from_pretrained(checkpoint).state_dict())
     features = {}
@@ -62,9 +64,11 @@ def main() -> None:
 
     # Training.
     rows = stream.rows if data_args.streaming else splits["train"]
-    backbone = backbone_for_workers(
-        model, processor, rows, training_args.device, training_args.bf16, training_args.int8
-    )
+    backbone = None
+    if not features:
+        backbone = backbone_for_workers(
+            model, processor, rows, training_args.device, training_args.bf16, training_args.int8
+        )
     tag_augmentation = TagAugmentation(vocabulary, data_args.tag_add_ratio, data_args.tag_drop_ratio)
     train_collator = TagCollator.for_training(processor, data_args, tag_augmentation, backbone)
     if data_args.streaming:
@@ -85,6 +89,9 @@ def main() -> None:
         compute_metrics=compute_metrics,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    if training_args.int8:  # the results are those of the saved model, which is exact
+        exact = backbone_for_workers(model, processor, rows, training_args.device)
+        trainer.eval_collator = TagCollator(processor, backbone=exact)
 
     # Choosing the tags: the paper's rule, or the highest expected F1 of scores that are calibrated on validation.
     results = {name: trainer.predict_split(name, rows) for name, rows in evaluated.items()}

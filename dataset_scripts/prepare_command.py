@@ -18,7 +18,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--short_side",
         type=int,
         default=144,
-        help="photographs are shrunk to this many pixels on the short side (default 144)",
+        help="photographs are shrunk to this many pixels on the short side (default 144); training at 224 px "
+        "needs 473",
     )
     parser.add_argument("--push_to_hub", metavar="ID", help="publish the result as user/name")
 

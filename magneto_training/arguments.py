@@ -8,11 +8,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
+from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -157,6 +159,17 @@ class PretrainingDataArguments(RowArguments):
             raise UsageError(f"validation_share is {self.validation_share}, expected a share in (0, 1)")
 
 
+# What Trainer would do and MAGNeto cannot have: each option's possible values, and why there are no others.
+POSSIBLE_VALUES = {
+    "dataloader_drop_last": ((False,), "Trainer would leave images out of evaluation, too"),
+    "label_smoothing_factor": ((0.0,), "the model computes its losses itself, from the labels as they are"),
+    "activation_checkpointing": ((False,), "the model does not support it"),
+    "gradient_checkpointing": ((False,), "the model does not support it"),  # the older name of the same
+    "train_sampling_strategy": (("random", "sequential"), "how long a row is shows only when it is in a batch"),
+    "hub_strategy": (("end",), "Trainer would upload whatever lies in output_dir, pickles too"),
+}
+
+
 @dataclass
 class MagnetoTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` with the paper's optimiser (A.4) and the best epoch by validation F1."""
@@ -183,6 +196,11 @@ class MagnetoTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = _option("tensorboard", "Where the training curves go.")
     remove_unused_columns: bool = _option(False, "Our collator needs all columns.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")
+    ddp_timeout: int = _option(
+        24 * 60 * 60,
+        "Seconds that processes wait for each other. A day: one checks all photographs, or makes the last features, "
+        "while the others wait.",
+    )
     backbone_learning_rate: float | None = _option(None, "That of the backbone's trained stages, where it differs.")
     early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better figure.")
     int8: bool = _option(
@@ -209,12 +227,16 @@ class MagnetoTrainingArguments(TrainingArguments):
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
         if self.int8 and self.cached_views:
             raise UsageError("int8 is for the live backbone: what cached_views keeps is computed once anyway")
-        if self.hub_strategy != "end":  # Trainer would upload whatever lies in output_dir, pickles too
-            raise UsageError(f"hub_strategy is {self.hub_strategy!r}, expected 'end'")
+        for name, (possible, reason) in POSSIBLE_VALUES.items():
+            value = getattr(self, name, None)  # not every version of transformers has all of them
+            if value is not None and value not in possible:
+                raise UsageError(f"{name} is {value!r}, expected {' or '.join(map(repr, possible))}: {reason}")
         if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
             raise UsageError(f"optim_args is {self.optim_args!r}, expected name=value, separated by commas")
         if not torch.accelerator.is_available():  # otherwise several processes would not know of each other
             self.use_cpu = True
+        if self.use_cpu:  # TrainingArguments would do the same without a timeout, which it hands on for GPUs alone
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         if not torch.accelerator.is_available():  # nothing to pin memory for, and PyTorch would warn
             self.dataloader_pin_memory = False
@@ -233,7 +255,11 @@ class PredictArguments:
 
     model_name_or_path: str = _option("", "A trained folder or a Hub id.")
     dataset_name: str = _option("", "A Hub id, or a folder of Parquet, CSV or JSON files.")
-    output_file: str = _option("", "The Parquet file to write; metrics and report.html come beside it.")
+    output_file: str = _option(
+        "",
+        "The Parquet file to write. Beside it come its metrics, and report.html, "
+        "which replaces that of an earlier prediction into the same folder.",
+    )
     dataset_config_name: str | None = _option(None, "A configuration of the dataset.")
     split: str | None = _option(None, "The split; by default test, or the only one there is.")
     selection: Literal["threshold", "top_k", "expected_f1"] | None = _option(
@@ -342,7 +368,8 @@ def parse_arguments(
         passed_over: Dataclasses of another command, whose fields the file may hold too: one file for both.
 
     Raises:
-        UsageError: An argument is unknown (the message suggests the nearest name) or has a wrong value.
+        UsageError: An argument is unknown (the message suggests the nearest name) or has a wrong value, or the file
+            asks for a stream of a command that has none.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(argument_classes, allow_abbrev=False)
@@ -353,7 +380,10 @@ def parse_arguments(
     options = {"help", *fields, *(f"no_{name}" for name in fields)}
     from_file = []
     if argv and not argv[0].startswith("-"):
-        settings = _read_yaml(Path(argv.pop(0)), fields | others)
+        path = Path(argv.pop(0))
+        settings = _read_yaml(path, fields | others)
+        if settings.get("streaming") and "streaming" not in fields:  # passed over, it would mean a copy on the disk
+            raise UsageError(f"streaming is true in {path}, expected false: this command reads no stream")
         settings = {name: value for name, value in settings.items() if name in fields}
         parser.set_defaults(**_read_nulls(settings, argument_classes))
         from_file = [part for name, value in settings.items() for part in _to_arguments(name, value)]

@@ -14,6 +14,7 @@ from .arguments import RowArguments
 from .augmentation import ImageAugmentation, TagAugmentation, draw_outliers, example_seed
 from .feature_cache import FeatureCache
 from .frozen_backbone import FrozenBackbone
+from .quantized_backbone import QuantizedBackbone
 from .tag_data import DataError, read_photograph
 
 
@@ -127,7 +128,7 @@ class TagCollator:
         image_augmentation: ImageAugmentation | None = None,
         tag_augmentation: TagAugmentation | None = None,
         training: bool = False,
-        backbone: FrozenBackbone | None = None,
+        backbone: FrozenBackbone | QuantizedBackbone | None = None,
     ):
         self.processor = processor
         self.tag_processor = MagnetoProcessor(
@@ -144,7 +145,7 @@ class TagCollator:
         processor: MagnetoProcessor,
         data_args: RowArguments,
         tag_augmentation: TagAugmentation | None = None,
-        backbone: FrozenBackbone | None = None,
+        backbone: FrozenBackbone | QuantizedBackbone | None = None,
     ) -> "TagCollator":
         """A collator that augments photographs as the arguments say."""
         image_size = processor.image_processor.crop_size["height"]

@@ -38,6 +38,7 @@ TRAINING_FIELDS = (
     "num_train_epochs",
     "seed",
 )
+FIELDS_WHERE_SET = ("bf16", "int8", "cached_views")  # where training computes otherwise than the saved model
 # train.py stores one of these two rules.
 RULE_SENTENCES = {
     "threshold": "Tags with a score of at least 0.5 are chosen.",
@@ -97,6 +98,7 @@ def write_model_card(
         **{name: getattr(config, name) for name in CONFIG_FIELDS},
         **{name: getattr(data_args, name) for name in DATA_FIELDS if hasattr(data_args, name)},
         **{name: getattr(training_args, name) for name in TRAINING_FIELDS},
+        **{name: value for name in FIELDS_WHERE_SET if (value := getattr(training_args, name))},
     }
     vocabulary = processor.vocabulary
     card = ModelCard.from_template(

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .arguments import PredictArguments, UserError
+from .arguments import PredictArguments, UsageError, UserError
 from .frozen_backbone import FrozenBackbone
 from .prediction import load_model, load_prediction_split, missing_parts, part_ranges, predict_parts, rows_for_model
 from .quantized_backbone import QuantizedBackbone, backbone_for_workers
@@ -57,6 +57,7 @@ def predict_parts_with_ray(dataset: Dataset, args: PredictArguments) -> None:
         args: The arguments of the prediction.
 
     Raises:
+        UsageError: `num_workers` are more than any machine has cores for.
         UserError: As `predict_parts`.
     """
     parts = missing_parts(part_ranges(0, len(dataset), args.rows_per_part), args)
@@ -68,6 +69,11 @@ def predict_parts_with_ray(dataset: Dataset, args: PredictArguments) -> None:
     resources = ray.cluster_resources()
     args = dataclasses.replace(args, num_workers=args.num_workers or 0)  # Ray shares out the cores
     num_cpus, num_gpus = 1 + args.num_workers, int(resources.get("GPU", 0))
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most_cpus = int(max(machine.get("CPU", 0) for machine in machines if machine.get("GPU") or not num_gpus))
+    if num_cpus > most_cpus:  # Ray would wait for a larger one
+        largest = "Ray's largest machine" + (" with a GPU" if num_gpus else "")
+        raise UsageError(f"num_workers is {args.num_workers}, expected less than {most_cpus}, the cores of {largest}")
     num_workers = min(num_gpus or max(1, int(resources["CPU"]) // num_cpus), len(parts))
     tasks = ray.data.from_items(
         [{"start": part.start, "stop": part.stop} for part in parts],

@@ -32,6 +32,7 @@ from .arguments import (
     PretrainingArguments,
     PretrainingDataArguments,
     ReproductionArguments,
+    UsageError,
     UserError,
 )
 from .evaluation import write_metrics
@@ -129,6 +130,7 @@ class Reproduction:
         model_args, data_args, training_args: The setting of all runs; each experiment changes what it is about.
 
     Raises:
+        UsageError: `data_args` asks for a stream.
         DataError: The dataset cannot be loaded.
     """
 
@@ -139,6 +141,8 @@ class Reproduction:
         data_args: DataArguments,
         training_args: MagnetoTrainingArguments,
     ):
+        if data_args.streaming:
+            raise UsageError("streaming is true, expected false: pre-training and the outlier test read no stream")
         self.args = args
         self.data_args = data_args
         self.output_dir = Path(training_args.output_dir)

@@ -39,8 +39,6 @@ LABEL_COLUMNS = ["item_id", "tags", "important_tags"]
 
 def check_streaming(data_args: DataArguments, training_args: MagnetoTrainingArguments) -> None:
     """Raise `UsageError` where a run is to stream rows and to do what needs to look them up."""
-    if data_args.streaming and training_args.dataloader_drop_last:
-        raise UsageError("dataloader_drop_last is true, expected false with --streaming true: every row has its turn")
     if data_args.streaming and training_args.cached_views:
         raise UsageError(
             f"cached_views is {training_args.cached_views}, expected 0 with --streaming true: cached features are "
@@ -183,7 +181,7 @@ class StreamedBatches:
         num_processes, process_index: Which share of the rows is wanted.
 
     Raises:
-        DataError: There are fewer rows than processes.
+        DataError: There are fewer rows than processes, or, in an epoch, not as many as when they were checked.
     """
 
     def __init__(self, dataset: StreamedDataset, batch_size: int, num_processes: int = 1, process_index: int = 0):
@@ -210,9 +208,19 @@ class StreamedBatches:
         return len(self._sizes())
 
     def __iter__(self) -> Iterator[list[dict]]:
-        rows = iter(self.dataset)
+        rows, num_read = iter(self.dataset), 0
         for size in self._sizes():
-            yield list(islice(rows, size))[self.process_index :: self.num_processes]
+            batch = list(islice(rows, size))
+            num_read += len(batch)
+            if len(batch) < size:
+                raise self._files_have_changed(str(num_read))
+            yield batch[self.process_index :: self.num_processes]
+        if next(rows, None) is not None:
+            raise self._files_have_changed(f"more than {num_read}")
+
+    def _files_have_changed(self, found: str) -> DataError:
+        name, expected = self.dataset.split.name, len(self.dataset)
+        return DataError(f"{name} has {found} good rows, expected {expected} as at the start: its files have changed")
 
 
 class StreamedCollator:

@@ -15,8 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoPreTrainedModel, MagnetoProcessor
 
-from .arguments import MagnetoTrainingArguments, UserError
+from .arguments import MagnetoTrainingArguments, ModelArguments, UsageError, UserError
 from .publish import files_to_publish, hub_errors, publish
+from .quantized_backbone import check_int8
 from .streaming import StreamedBatches, StreamedDataset
 
 LOGGED_LOSSES = ("final_loss", "tag_loss", "image_loss")
@@ -123,8 +124,6 @@ class MagnetoTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         learning_rate = self.args.backbone_learning_rate
         if is_new and learning_rate is not None and self.model.config.streams != "tag":
-            if not self.model.config.num_trainable_backbone_stages:
-                raise UserError(f"backbone_learning_rate is {learning_rate}, but no stage of a backbone is trained")
             backbone = set(self.model.base_model.image_feature_extractor.backbone.parameters())
             for group in list(optimizer.param_groups):
                 own = [parameter for parameter in group["params"] if parameter in backbone]
@@ -140,7 +139,8 @@ class MagnetoTrainer(Trainer):
                 mask = inputs["attention_mask"]
                 parts["mean_gate"] = (outputs["gate"] * mask).sum() / mask.sum()
             for name, value in parts.items():  # summed on the device: a step never waits for a number to be printed
-                self._logged_sums[name] = self._logged_sums.get(name, 0) + value.detach().float()
+                # The mean is of one number for each GPU, where Trainer uses several in one process.
+                self._logged_sums[name] = self._logged_sums.get(name, 0) + value.detach().float().mean()
             self._num_logged += 1
         return (loss, outputs) if return_outputs else loss
 
@@ -189,6 +189,7 @@ class MagnetoTrainer(Trainer):
             return compute_metrics(prediction)
 
         self.compute_metrics = keep_and_compute
+        self._eval_dataloaders = {}  # with persistent workers, Trainer would take the loader of another split
         metrics = self.evaluate(dataset, metric_key_prefix=name)
         self.compute_metrics = compute_metrics
         metrics = {key.removeprefix(f"{name}_"): value for key, value in metrics.items() if key.startswith(f"{name}_")}
@@ -199,6 +200,22 @@ def copy_endpoint(output_dir: Path) -> None:
     """Put beside a model what an Inference Endpoint runs and what it installs for that."""
     for name in ("handler.py", "requirements.txt"):
         shutil.copyfile(HUB_FILES / name, output_dir / name)
+
+
+def check_backbone_options(model_args: ModelArguments, training_args: MagnetoTrainingArguments) -> None:
+    """Raise `UserError` where a run wants what its backbone cannot do; before rows are read, which may take hours."""
+    if model_args.streams == "tag":  # has no backbone and takes all options: one setting is for all of table 2
+        return
+    stages, learning_rate = model_args.num_trainable_backbone_stages, training_args.backbone_learning_rate
+    if training_args.int8:
+        check_int8(training_args.device, is_trained=stages != 0)
+    if training_args.cached_views and stages:
+        raise UsageError(
+            f"cached_views is {training_args.cached_views} and num_trainable_backbone_stages {stages}, expected 0: "
+            "only a frozen backbone's features can be kept"
+        )
+    if learning_rate is not None and not stages:
+        raise UsageError(f"backbone_learning_rate is {learning_rate}, but no stage of a backbone is trained")
 
 
 def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
@@ -226,13 +243,18 @@ def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
     return wanted
 
 
-def check_checkpoint(checkpoint: str, config: MagnetoConfig) -> None:
-    """Raise `UserError` where a checkpoint belongs to another model than this run's."""
-    saved = MagnetoConfig.from_pretrained(checkpoint)
+def check_checkpoint(checkpoint: str, config: MagnetoConfig, processor: MagnetoProcessor) -> None:
+    """Raise `UserError` where a checkpoint belongs to another model than this run's, or to other tags."""
+    saved, saved_processor = MagnetoConfig.from_pretrained(checkpoint), MagnetoProcessor.from_pretrained(checkpoint)
     own = {item.name for item in dataclasses.fields(MagnetoConfig)} - {
         item.name for item in dataclasses.fields(PreTrainedConfig)
     }
-    for name in sorted(own):
-        found, expected = getattr(saved, name), getattr(config, name)
+    pairs = {name: (getattr(saved, name), getattr(config, name)) for name in sorted(own)}
+    for name in ("image_mean", "image_std"):
+        pairs[name] = tuple(list(getattr(which.image_processor, name)) for which in (saved_processor, processor))
+    # The embeddings are told apart by their places alone. How many they are, vocab_size has said before.
+    vocabularies = zip(saved_processor.vocabulary, processor.vocabulary, strict=False)
+    pairs |= {f"tag {index} of the vocabulary": tags for index, tags in enumerate(vocabularies)}
+    for name, (found, expected) in pairs.items():
         if found != expected:
             raise UserError(f"the checkpoint {checkpoint} has {name} {found!r}, expected {expected!r} as in this run")

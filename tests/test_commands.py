@@ -19,8 +19,10 @@ import torch
 import yaml
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, TrainingArguments
 
+from magneto_training import quantized_backbone, streaming, trainer
+from magneto_training.arguments import UserError
 from modeling_magneto import MagnetoForOutlierDetection, MagnetoForTagSummarization
 
 ROOT = Path(__file__).parent.parent
@@ -362,6 +364,8 @@ def test_the_outlier_test_counts_images_that_keep_a_strange_tag(trained_dir, dat
         (["--train_split", "training"], 1, "'training'"),
         (["--widget_images", "-1"], 2, "widget_images"),
         (["--streaming", "true", "--cached_views", "2"], 2, "cached_views is 2, expected 0 with --streaming true"),
+        # Before the rows are looked for.
+        (["--int8", "true", "--dataset_name", "missing_folder"], 2, "int8 is for a frozen backbone"),
         (["--push_to_hub", "true"], 1, "offline mode is enabled"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else None,
@@ -378,6 +382,72 @@ def test_bad_arguments_end_training_with_one_line(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: error:")]
     assert len(errors) == 1 and expected in errors[0]
     assert not (tmp_path / "model" / "model.safetensors").exists()
+
+
+def run_here(monkeypatch, capsys, script: str, *arguments) -> str:
+    """Run a command that ends with an error in this process, and return its message."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return capsys.readouterr().err.rpartition(f"{script}: error: ")[2]
+
+
+def test_pretraining_refuses_before_it_reads_what_it_cannot_do(config_file, tmp_path, monkeypatch, capsys):
+    arguments = [config_file, "--dataset_name", "missing_folder", "--output_dir", tmp_path / "model"]
+
+    message = run_here(monkeypatch, capsys, "pretrain.py", *arguments, "--cached_views", 2)
+
+    assert message.startswith("cached_views is 2 and num_trainable_backbone_stages -1, expected 0")
+
+
+def test_nobody_waits_for_another_process_to_read_a_stream(config_file, tmp_path, monkeypatch, capsys):
+    def read(*_):
+        raise UserError("the stream was read")
+
+    monkeypatch.setattr(streaming, "load_streamed_splits", read)
+    monkeypatch.setattr(TrainingArguments, "main_process_first", lambda *_, **__: pytest.fail("it waits"))
+    arguments = [config_file, "--streaming", "true", "--output_dir", tmp_path / "model"]
+
+    assert run_here(monkeypatch, capsys, "train.py", *arguments) == "the stream was read\n"
+
+
+class StoppedTrainer:
+    """Stands in for `MagnetoTrainer`, and ends a command with the backbones of training, evaluation and results."""
+
+    def __init__(self, *_, train_collator, eval_collator, **__):
+        self.train_collator, self.eval_collator = train_collator, eval_collator
+        self.found = []
+
+    def train(self, **_):
+        self.found = [self._backbone(self.train_collator), self._backbone(self.eval_collator)]
+
+    def predict_split(self, *_):
+        raise UserError(", ".join([*self.found, self._backbone(self.eval_collator)]))
+
+    evaluate_split = predict_split
+
+    @staticmethod
+    def _backbone(collator) -> str:
+        return type(getattr(collator, "collate", collator).backbone).__name__
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "backbones"),
+    [
+        ("train.py", [], "FrozenBackbone, FrozenBackbone, FrozenBackbone"),
+        # The saved model computes in float32, so its figures and its calibration are those of float32.
+        ("train.py", ["--int8", "true"], "QuantizedBackbone, QuantizedBackbone, FrozenBackbone"),
+        ("train.py", ["--cached_views", "1"], "NoneType, NoneType, NoneType"),
+        ("pretrain.py", ["--cached_views", "1"], "NoneType, NoneType, NoneType"),
+    ],
+)
+def test_which_backbone_computes_what(config_file, tmp_path, monkeypatch, capsys, script, arguments, backbones):
+    monkeypatch.setattr(trainer, "MagnetoTrainer", StoppedTrainer)
+    monkeypatch.setattr(quantized_backbone, "_quantize", lambda *_: b"")
+    arguments = [config_file, "--num_trainable_backbone_stages", 0, *arguments]
+    folders = ["--output_dir", tmp_path / "model", "--feature_cache_dir", tmp_path / "cache"]
+
+    assert run_here(monkeypatch, capsys, script, *arguments, *folders) == f"{backbones}\n"
 
 
 def test_bad_rows_stop_training_with_their_ids_or_are_left_out(config_file, dataset_dir, tmp_path):

@@ -1,11 +1,13 @@
 """The published settings say what the paper says."""
 
+import re
 from pathlib import Path
 
 import torch
 import transformers
 
 from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, ModelArguments, parse_arguments
+from magneto_training.augmentation import ImageAugmentation
 from modeling_magneto import MagnetoForTagSummarization
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -29,6 +31,20 @@ def test_the_large_scale_setting_is_that_of_appendix_a(tmp_path):
     backbone = model.base_model.image_feature_extractor.backbone
     trained = {name.split(".")[0] for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     assert trained == {"layer4"} and "layer3" in {name.split(".")[0] for name, _ in backbone.named_parameters()}
+
+
+def test_photographs_are_to_be_kept_as_large_as_the_crops_of_the_settings_need_them():
+    config = CONFIGS / "large_scale.yaml"
+    (data_args, model_args) = parse_arguments(
+        (DataArguments, ModelArguments),
+        [str(config), "--dataset_name", "data"],
+        passed_over=(MagnetoTrainingArguments,),
+    )
+    sides = [ImageAugmentation(size, data_args.min_crop_scale).shortest_side for size in (112, model_args.image_size)]
+
+    guide = (CONFIGS.parent / "dataset_scripts" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"--short_side (\d+)", guide) == [str(side) for side in sides]
+    assert re.findall(r"--short_side (\d+)", config.read_text(encoding="utf-8")) == [str(sides[1])]
 
 
 def test_the_large_scale_rate_falls_when_the_f1_no_longer_rises(tmp_path):

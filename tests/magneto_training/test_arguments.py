@@ -1,8 +1,10 @@
 import dataclasses
+from datetime import timedelta
 
 import pytest
 import torch
 
+from magneto_training import arguments as arguments_module
 from magneto_training.arguments import (
     DataArguments,
     MagnetoTrainingArguments,
@@ -237,6 +239,40 @@ def test_training_arguments_out_of_range_are_named(name, value, message):
         parse_arguments((MagnetoTrainingArguments,), [f"--{name}={value}"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dataloader_drop_last", "true", "is True, expected False: Trainer would leave images out of evaluation"),
+        ("label_smoothing_factor", "0.1", "is 0.1, expected 0.0: the model computes its losses itself"),
+        ("gradient_checkpointing", "true", "is True, expected False: the model does not support it"),
+        ("activation_checkpointing", "true", "is True, expected False: the model does not support it"),
+        ("train_sampling_strategy", "group_by_length", "is 'group_by_length', expected 'random' or 'sequential': how"),
+        ("train_sampling_strategy", "batch_rebalance", "is 'batch_rebalance', expected 'random' or 'sequential': how"),
+    ],
+)
+def test_what_trainer_offers_and_cannot_be_had_is_refused_with_the_reason(name, value, message):
+    with pytest.raises(UsageError, match=f"^{name} {message}"):
+        parse_arguments((MagnetoTrainingArguments,), [f"--{name}", value])
+
+
+def test_values_that_change_nothing_are_taken():
+    options = ["--dataloader_drop_last", "false", "--label_smoothing_factor", "0", "--gradient_checkpointing", "false"]
+    (args,) = parse_arguments((MagnetoTrainingArguments,), [*options, "--train_sampling_strategy", "sequential"])
+    assert args.train_sampling_strategy == "sequential"
+    dataclasses.replace(args)  # what Trainer made of the values is taken, too
+
+
+def test_processes_wait_a_day_for_each_other_on_cpus_too(tmp_path, monkeypatch):
+    states = []
+    monkeypatch.setattr(arguments_module, "PartialState", lambda **options: states.append(options))
+
+    args = MagnetoTrainingArguments(str(tmp_path), use_cpu=True)
+    MagnetoTrainingArguments(str(tmp_path), use_cpu=True, ddp_timeout=60)
+
+    assert args.ddp_timeout_delta == timedelta(days=1)
+    assert [state["timeout"] for state in states] == [timedelta(days=1), timedelta(minutes=1)]
+
+
 def test_a_null_is_null_where_it_may_be_and_an_error_elsewhere(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("optim_args: null\nsave_total_limit: null\n")
@@ -270,6 +306,16 @@ def test_a_file_for_two_commands_may_hold_the_fields_of_both(tmp_path):
         parse_arguments((PretrainingDataArguments,), [str(file)])
     with pytest.raises(UsageError, match="unknown field 'tag_add_ratio' in the command line"):
         parse_arguments((PretrainingDataArguments,), [str(file), "--tag_add_ratio", "1"], passed_over=(DataArguments,))
+
+
+def test_a_command_that_reads_no_stream_does_not_pass_over_the_wish_for_one(tmp_path):
+    classes = {"argument_classes": (PretrainingDataArguments,), "passed_over": (DataArguments,)}
+    wanted = write_yaml(tmp_path, "dataset_name: photos\nstreaming: true\n")
+    with pytest.raises(UsageError, match="streaming is true in .*config.yaml, expected false: this command reads no"):
+        parse_arguments(argv=[wanted], **classes)
+    assert parse_arguments((DataArguments,), [wanted])[0].streaming
+    (args,) = parse_arguments(argv=[write_yaml(tmp_path, "dataset_name: photos\nstreaming: false\n")], **classes)
+    assert args.dataset_name == "photos"
 
 
 class UnreadableRows(torch.utils.data.Dataset):

@@ -101,6 +101,13 @@ def test_the_settings_are_the_runs_own(make_card):
     assert "5 tags" in text
 
 
+def test_the_settings_name_a_backbone_that_was_computed_in_another_way(make_card):
+    assert not [name for name in ("bf16", "int8", "cached_views") if f"- `{name}`" in make_card().text]
+    assert "- `int8`: True" in make_card(int8=True).text
+    text = make_card(bf16=True, cached_views=8).text
+    assert "- `bf16`: True" in text and "- `cached_views`: 8" in text and "int8" not in text
+
+
 def test_a_local_folder_is_named_without_its_path(make_card, tmp_path):
     (tmp_path / "photos").mkdir()
 

@@ -3,6 +3,8 @@
 import pickle
 
 import datasets
+import numpy as np
+import onnx.parser
 import pytest
 import torch
 from conftest import make_rows
@@ -11,7 +13,7 @@ from torch import nn
 from magneto_training import quantized_backbone
 from magneto_training.arguments import MagnetoTrainingArguments, UsageError, UserError
 from magneto_training.frozen_backbone import FrozenBackbone
-from magneto_training.quantized_backbone import QuantizedBackbone, backbone_for_workers
+from magneto_training.quantized_backbone import QuantizedBackbone, backbone_for_workers, check_int8
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
 
 CPU = torch.device("cpu")
@@ -53,6 +55,41 @@ def test_a_batch_of_any_size_has_the_features_of_each_photograph(tiny_model, pho
     torch.testing.assert_close(backbone(photographs[0]), each)
 
 
+def test_sums_that_16_bits_do_not_hold_are_right_on_every_processor():
+    # 255 * 127 twice is 64770: processors without VNNI would stop at 32767.
+    product = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 13]>
+        product (uint8[1, 2] a) => (int32[1, 1] c) <int8[2, 1] b = {127, 127}> { c = MatMulInteger(a, b) }"""
+    )
+    session = quantized_backbone._open(product.SerializeToString())
+
+    assert session.run(None, {"a": np.full((1, 2), 255, np.uint8)})[0].tolist() == [[64770]]
+
+
+def test_slower_sums_are_asked_for_only_where_the_others_would_be_wrong(monkeypatch):
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda model, options, providers: options)
+
+    monkeypatch.setattr(quantized_backbone, "_saturates", lambda: True)
+    assert quantized_backbone._open(b"").get_session_config_entry("session.x64quantprecision") == "1"
+
+    monkeypatch.setattr(quantized_backbone, "_saturates", lambda: False)
+    with pytest.raises(RuntimeError, match="does not have configuration with key: session.x64quantprecision"):
+        quantized_backbone._open(b"").get_session_config_entry("session.x64quantprecision")
+
+
+def test_features_with_an_error_as_large_as_themselves_are_refused(tiny_model, photographs, monkeypatch):
+    exact = FrozenBackbone(tiny_model, CPU)
+
+    class Broken:
+        def run(self, _, inputs):
+            return [-exact(torch.from_numpy(inputs["pixel_values"])).numpy()]
+
+    monkeypatch.setattr(quantized_backbone, "_open", lambda _: Broken())
+
+    with pytest.raises(UserError, match=r"^int8: the features have a relative error of 2.00, expected less than 1.0$"):
+        QuantizedBackbone(exact, photographs)
+
+
 def test_another_process_gets_the_same_and_finds_the_same_by_itself(tiny_model, photographs):
     backbone = QuantizedBackbone(FrozenBackbone(tiny_model, CPU), photographs)
     expected = backbone(photographs[1])
@@ -84,11 +121,13 @@ def test_without_a_readable_photograph_there_are_no_ranges(tiny_model, processor
         backbone_for_workers(tiny_model, processor, rows.select([]), CPU, int8=True)
 
 
-def test_a_missing_package_is_named(tiny_model, photographs, monkeypatch):
+def test_a_missing_package_is_named(tiny_model, processor, rows, monkeypatch):
     monkeypatch.setattr(quantized_backbone.importlib.util, "find_spec", lambda _: None)
 
     with pytest.raises(UserError, match=r"onnxscript.*\[export\]"):
-        QuantizedBackbone(FrozenBackbone(tiny_model, CPU), photographs)
+        check_int8(CPU, is_trained=False)
+    with pytest.raises(UserError, match=r"onnxscript.*\[export\]"):
+        backbone_for_workers(tiny_model, processor, rows, CPU, int8=True)
 
 
 def test_it_is_refused_on_a_gpu_and_for_a_trained_backbone(tiny_model, tiny_config, processor, rows):

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from conftest import make_rows
 from datasets import Dataset
 
-from magneto_training.arguments import PredictArguments, UserError
+from magneto_training.arguments import PredictArguments, UsageError, UserError
 from magneto_training.prediction import load_prediction_split, parts_folder, predict_dataset
+from magneto_training.ray_prediction import predict_parts_with_ray
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,3 +54,23 @@ def test_ray_makes_the_same_file_as_one_process_and_names_a_bad_row(tiny_model, 
     with pytest.raises(UserError, match="row 7 .item_id im7. has an unreadable photograph") as caught:
         predict(bad, "bad", engine="ray")
     assert "\n" not in str(caught.value)
+
+
+def test_more_workers_than_the_largest_machine_has_cores_for_are_refused_at_once(tmp_path, monkeypatch):
+    dataset = Dataset.from_dict({"item_id": ["a", "b"]})
+
+    def predict(num_workers: int) -> None:
+        args = PredictArguments("model", "data", str(tmp_path / "out.parquet"), num_workers=num_workers)
+        predict_parts_with_ray(dataset, args)
+
+    with pytest.raises(UsageError, match="^num_workers is 2, expected less than 2, the cores of Ray's largest"):
+        predict(2)
+
+    resources = [{"CPU": 8.0}, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 64.0, "GPU": 8.0}]
+    nodes = [{"Alive": number < 2, "Resources": machine} for number, machine in enumerate(resources)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    with pytest.raises(UsageError, match="^num_workers is 8, expected less than 8, the cores of .* machine$"):
+        predict(8)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 12.0, "GPU": 1.0})
+    with pytest.raises(UsageError, match="^num_workers is 4, expected less than 4, .* machine with a GPU$"):
+        predict(4)

@@ -276,6 +276,14 @@ def test_no_more_images_are_shown_than_asked_for_and_the_figures_are_of_all(make
     assert "with a mistake 3 50 %" in page.words
 
 
+def test_a_later_prediction_into_the_same_folder_has_its_report_in_the_place_of_the_earlier(make_report, tmp_path):
+    Path(tmp_path / "report.html").write_text("the one before")
+
+    page = make_report()
+
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page.text and "out.parquet" in page.words
+
+
 def test_a_report_that_fails_leaves_the_old_page_and_nothing_else(make_report, tmp_path):
     Path(tmp_path / "report.html").write_text("the one before")
 

@@ -61,7 +61,8 @@ def commands(monkeypatch) -> FakeCommands:
 @pytest.fixture
 def prepare(tmp_path, dataset_dir):
     def _prepare(dataset=dataset_dir, seeds=(0, 1), **settings) -> Reproduction:
-        data = {name: settings.pop(name) for name in ("tag_add_ratio", "tag_drop_ratio") if name in settings}
+        names = ("tag_add_ratio", "tag_drop_ratio", "streaming")
+        data = {name: settings.pop(name) for name in names if name in settings}
         return Reproduction(
             ReproductionArguments(seeds=list(seeds), pretraining_epochs=3),
             ModelArguments(backbone_weights="none"),
@@ -203,6 +204,11 @@ def test_the_papers_figures_stand_beside_ours_on_nus_wide(commands, prepare, tmp
     runs.make_runs()
     text = format_results(runs.write_results())
     assert "94.5 / 96.7 / 94.1 |" in text and "20.53, 94.30 |" in text
+
+
+def test_a_stream_is_refused(prepare):
+    with pytest.raises(UsageError, match="streaming is true, expected false"):
+        prepare(streaming=True)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,21 @@ def test_more_processes_than_rows_are_an_error(folder):
         StreamedBatches(stream(folder, use_images=False), 4, 24)
 
 
+@pytest.mark.parametrize(("num_rows", "found"), [(9, "9"), (40, "more than 23")])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_files_that_change_under_a_stream_end_the_epoch(folder, num_rows, found, num_processes):
+    batches = StreamedBatches(stream(folder, use_images=False), 4, num_processes)
+    rows = datasets.Dataset.from_list(make_rows(num_rows)).cast_column("image", datasets.Image())
+    for file in range(3):
+        rows.shard(3, file).to_parquet(folder / f"train-{file}.parquet")
+
+    with pytest.raises(DataError) as raised:
+        list(batches)
+
+    expected = "good rows, expected 23 as at the start: its files have changed"
+    assert str(raised.value) == f"{folder}, train has {found} {expected}"
+
+
 def test_vocabulary_length_and_evaluated_splits_are_those_of_the_ordinary_load(folder):
     data_args = DataArguments(dataset_name=str(folder))
     ordinary = load_training_splits(data_args, use_images=True)
@@ -186,12 +201,6 @@ def test_cached_features_need_rows_to_look_up(folder, tmp_path):
     data_args = DataArguments(dataset_name=str(folder), streaming=True)
     with pytest.raises(UsageError, match="cached_views is 2, expected 0 with --streaming true"):
         check_streaming(data_args, MagnetoTrainingArguments(output_dir=str(tmp_path), cached_views=2))
-
-
-def test_the_last_rows_of_a_stream_are_not_dropped(folder, tmp_path):
-    data_args = DataArguments(dataset_name=str(folder), streaming=True)
-    with pytest.raises(UsageError, match="dataloader_drop_last is true, expected false with --streaming true"):
-        check_streaming(data_args, MagnetoTrainingArguments(output_dir=str(tmp_path), dataloader_drop_last=True))
 
 
 def test_the_shuffle_buffer_holds_a_row_at_least():

@@ -6,13 +6,24 @@ import pytest
 import torch
 from huggingface_hub import HfApi, RepoUrl, constants
 
-from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UsageError, UserError
+from magneto_training.arguments import (
+    DataArguments,
+    MagnetoTrainingArguments,
+    ModelArguments,
+    UsageError,
+    UserError,
+)
 from magneto_training.augmentation import TagAugmentation
 from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics
 from magneto_training.tag_data import load_training_splits
-from magneto_training.trainer import MagnetoTrainer, check_checkpoint, find_checkpoint
-from modeling_magneto import MagnetoConfig, MagnetoForOutlierDetection, MagnetoForTagSummarization
+from magneto_training.trainer import MagnetoTrainer, check_backbone_options, check_checkpoint, find_checkpoint
+from modeling_magneto import (
+    MagnetoConfig,
+    MagnetoForOutlierDetection,
+    MagnetoForTagSummarization,
+    MagnetoProcessor,
+)
 
 
 @pytest.fixture
@@ -98,6 +109,34 @@ def test_the_log_holds_the_means_of_the_losses_and_of_the_gate(make_trainer):
     assert not set(again) & set(losses)  # a new period starts from nothing
 
 
+class OnTwoGpus(torch.nn.Module):
+    """What `nn.DataParallel` makes of a model's outputs: one loss of each GPU."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        outputs = self.model(**batch)
+        for name in ("loss", "final_loss", "tag_loss", "image_loss"):
+            outputs[name] = torch.stack([outputs[name], outputs[name] + 1])
+        return outputs
+
+
+def test_the_losses_of_several_gpus_in_one_process_are_logged_as_their_mean(make_trainer):
+    trainer = make_trainer({"dropout": 0.0})
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = OnTwoGpus(trainer.model).train()
+    expected = trainer.model(**batch)
+
+    loss = trainer.compute_loss(model, batch)
+    trainer.log(logs := {"loss": 1.0})
+
+    assert loss.shape == (2,)  # Trainer itself takes the mean of this one
+    for name in ("final_loss", "tag_loss", "image_loss"):
+        assert logs[name] == pytest.approx(expected[name].item() + 0.5, abs=1e-5), name
+
+
 def test_evaluation_does_not_count_among_the_training_losses(make_trainer):
     trainer = make_trainer()
     trainer.evaluate()
@@ -167,6 +206,15 @@ def test_a_splits_predictions_come_with_the_tags_in_the_order_of_the_rows(make_t
     with torch.no_grad():
         outputs = trainer.model(**batch)
     assert np.allclose(prediction.predictions[0][real], outputs.logits.numpy()[real], atol=1e-4)
+
+
+def test_workers_that_outlive_an_evaluation_do_not_read_another_split(make_trainer):
+    trainer = make_trainer(dataloader_num_workers=1, dataloader_persistent_workers=True)
+    trainer.evaluate()
+
+    metrics, prediction = trainer.predict_split("test", trainer.eval_dataset.select(range(5)))
+
+    assert metrics["num_images"] == len(prediction.label_ids) == 5
 
 
 @pytest.mark.parametrize("model_class", [MagnetoForTagSummarization, MagnetoForOutlierDetection])
@@ -287,11 +335,43 @@ def test_other_folders_beside_checkpoints_do_no_harm(tmp_path):
     assert find_checkpoint(MagnetoTrainingArguments(output_dir=str(tmp_path))) is None
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_field(tiny_config, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused_by_field(tiny_config, processor, tmp_path):
     tiny_config.save_pretrained(tmp_path)
-    check_checkpoint(str(tmp_path), tiny_config)
+    processor.save_pretrained(tmp_path)
+    check_checkpoint(str(tmp_path), tiny_config, processor)
     with pytest.raises(UserError, match="has hidden_size 16, expected 32 as in this run"):
-        check_checkpoint(str(tmp_path), MagnetoConfig(**{**tiny_config.to_dict(), "hidden_size": 32}))
+        check_checkpoint(str(tmp_path), MagnetoConfig(**{**tiny_config.to_dict(), "hidden_size": 32}), processor)
+
+
+def test_a_checkpoint_of_other_tags_or_colours_is_refused(tiny_config, processor, tmp_path):
+    tiny_config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    tags = processor.vocabulary  # as many in each run, so that the configurations are the same
+    for changes, message in (
+        ({"tags": ["blue", "green", "pink", "red"]}, "has tag 2 of the vocabulary 'red', expected 'pink' as in this"),
+        ({"tags": tags[::-1]}, "has tag 0 of the vocabulary 'blue', expected 'yellow' as in this run"),
+        ({"image_mean": [0.5, 0.5, 0.25]}, r"has image_mean \[0.485, .*\], expected \[0.5, 0.5, 0.25\] as in this"),
+        ({"image_std": [0.5, 0.5, 0.25]}, r"has image_std \[0.229, .*\], expected \[0.5, 0.5, 0.25\] as in this run"),
+    ):
+        other = MagnetoProcessor.from_vocabulary(**{"tags": tags, "image_size": 32, **changes})
+        with pytest.raises(UserError, match=message):
+            check_checkpoint(str(tmp_path), tiny_config, other)
+
+
+@pytest.mark.parametrize(
+    ("stages", "training", "message"),
+    [
+        (1, {"int8": True}, "int8 is for a frozen backbone on a CPU, found a backbone that is trained"),
+        (-1, {"cached_views": 2}, "cached_views is 2 and num_trainable_backbone_stages -1, expected 0"),
+        (0, {"backbone_learning_rate": 0.25}, "backbone_learning_rate is 0.25, but no stage of a backbone is trained"),
+    ],
+)
+def test_what_a_backbone_cannot_do_is_refused_where_there_is_one(tmp_path, stages, training, message):
+    args = MagnetoTrainingArguments(str(tmp_path), use_cpu=True, **training)
+    with pytest.raises(UsageError, match=message):
+        check_backbone_options(ModelArguments(num_trainable_backbone_stages=stages), args)
+    check_backbone_options(ModelArguments(num_trainable_backbone_stages=0 if stages else 1), args)
+    check_backbone_options(ModelArguments(num_trainable_backbone_stages=stages, streams="tag"), args)
 
 
 def test_the_backbone_can_have_a_learning_rate_of_its_own(make_trainer):
@@ -306,8 +386,6 @@ def test_the_backbone_can_have_a_learning_rate_of_its_own(make_trainer):
     assert len(trained) == len(rates)
     assert {rate for name, rate in trained.items() if ".backbone." in name} == {0.25}
     assert {rate for name, rate in trained.items() if ".backbone." not in name} == {0.5}
-    with pytest.raises(UserError, match="backbone_learning_rate is 0.25, but no stage of a backbone is trained"):
-        make_trainer(backbone_learning_rate=0.25).create_optimizer()
     make_trainer({"streams": "tag"}, backbone_learning_rate=0.25).create_optimizer()  # one setting for all of table 2
     with pytest.raises(UsageError, match="backbone_learning_rate is -1"):
         make_trainer(backbone_learning_rate=-1)
