@@ -19,8 +19,10 @@ import shutil
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -157,6 +159,43 @@ def rows_for_model(
     return SeededDataset(dataset, args.seed, first_index=first_index)
 
 
+class StreamedRows(torch.utils.data.Dataset):
+    """Rows of a stream for `predict_parts`, read a part at a time.
+
+    The data loader's workers cannot look them up: they are handed the rows, undecoded, in place of indices.
+
+    Args:
+        stream: Rows as of `load_prediction_split`.
+        processor, args: As of `rows_for_model`.
+    """
+
+    def __init__(self, stream: IterableDataset, processor: MagnetoProcessor, args: PredictArguments):
+        self.stream = stream
+        self.processor = processor
+        self.args = args
+        self.num_rows = 0  # that have been read
+        self.part: SeededDataset | None = None  # the rows of the last of `parts`
+
+    def __getitems__(self, rows: list[dict]) -> list[dict]:
+        return rows
+
+    def parts(self) -> Iterator[range]:
+        """Read part after part; yields its rows as indices in the whole stream."""
+        rows = self.stream
+        if "image" in rows.features:
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+        info = datasets.DatasetInfo(features=rows.features)
+        tables = rows.with_format("arrow").iter(self.args.rows_per_part)
+        with ThreadPoolExecutor(1) as reading:  # the next part, while this one is predicted
+            coming = reading.submit(next, tables, None)
+            while (table := coming.result()) is not None:
+                coming = reading.submit(next, tables, None)
+                start, self.num_rows = self.num_rows, self.num_rows + len(table)
+                part = Dataset(table, info=info, fingerprint=str(start))  # otherwise all photographs are hashed
+                self.part = rows_for_model(part, self.processor, self.args, start)
+                yield range(start, self.num_rows)
+
+
 @dataclass
 class PredictedBatch:
     """One batch of rows with what the model says of them.
@@ -187,7 +226,7 @@ def predict_batches(
     top_k: int | None = None,
     output_attentions: bool = False,
     bf16: bool = False,
-    batches: Iterable[Sequence[int]] | None = None,
+    batches: Iterable[Sequence] | None = None,
     backbone: FrozenBackbone | QuantizedBackbone | None = None,
 ) -> Iterator[PredictedBatch]:
     """Score the rows batch by batch; nothing is kept.
@@ -201,7 +240,8 @@ def predict_batches(
         selection, threshold, top_k: As in `MagnetoProcessor.post_process`.
         output_attentions: Whether the outputs tell what each tag looked at.
         bf16: Whether the model computes in bfloat16 what autocast does.
-        batches: The indices of the rows of each batch; by default all rows in their order, `batch_size` at a time.
+        batches: The indices of the rows of each batch, or of `StreamedRows` the rows; by default all rows in their
+            order, `batch_size` at a time.
         backbone: Runs where photographs are read, in place of the model's.
     """
     if batches is None:
@@ -314,24 +354,26 @@ def _predict_share(
 ) -> int:
     """Make this process's share of the missing parts; returns the number of rows of the dataset."""
     model.to(accelerator.device)
-    num_rows, rank, num_ranks = 0, accelerator.process_index, accelerator.num_processes
-    runs = _stream(dataset, args.rows_per_part) if args.streaming else [(0, dataset)]
-    total = (
-        None if args.streaming else sum(map(len, part_ranges(0, len(dataset), args.rows_per_part)[rank::num_ranks]))
-    )
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    if args.streaming:
+        rows, total = StreamedRows(dataset, processor, args), None
+        parts = rows.parts()
+    else:
+        rows, parts = rows_for_model(dataset, processor, args), part_ranges(0, len(dataset), args.rows_per_part)
+        total = sum(map(len, parts[rank::num_ranks]))
     hidden = not accelerator.is_local_main_process
     with tqdm(total=total, unit="image", desc="Predicting", disable=hidden) as progress:
-        for start, rows in runs:
-            num_rows = start + len(rows)
-            parts = part_ranges(start, num_rows, args.rows_per_part)
-            share = [part for part in parts if part.start // args.rows_per_part % num_ranks == rank]
-            missing = missing_parts(share, args)
-            progress.update(sum(map(len, share)) - sum(map(len, missing)))
-            if missing:
-                reader = rows_for_model(rows, processor, args, start)
-                for count in predict_parts(model, processor, reader, missing, args, backbone):
-                    progress.update(count)
-    return num_rows
+
+        def is_missing(part: range) -> bool:
+            if missing_parts([part], args):
+                return True
+            progress.update(len(part))
+            return False
+
+        missing = filter(is_missing, islice(parts, rank, None, num_ranks))
+        for count in predict_parts(model, processor, rows, missing, args, backbone):
+            progress.update(count)
+    return rows.num_rows if args.streaming else len(rows)
 
 
 def _predict_with_ray(dataset: Dataset, args: PredictArguments) -> None:
@@ -340,16 +382,6 @@ def _predict_with_ray(dataset: Dataset, args: PredictArguments) -> None:
     except ImportError as error:
         raise UserError(f'--engine ray needs the extra "ray": pip install "magneto-ets[ray]" ({error})') from None
     predict_parts_with_ray(dataset, args)
-
-
-def _stream(dataset: IterableDataset, rows_per_part: int) -> Iterator[tuple[int, Dataset]]:
-    """The rows of each part, in memory, with the index of the first of them."""
-    start = 0
-    undecoded = dataset.cast_column("image", datasets.Image(decode=False)) if "image" in dataset.features else dataset
-    info = datasets.DatasetInfo(features=undecoded.features)
-    for table in undecoded.with_format("arrow").iter(rows_per_part):
-        yield start, Dataset(table, info=info)
-        start += len(table)
 
 
 def parts_folder(output_file: str) -> Path:
@@ -375,7 +407,7 @@ def _part_file(folder: Path, part: range) -> Path:
 def predict_parts(
     model: MagnetoForTagSummarization,
     processor: MagnetoProcessor,
-    rows: SeededDataset,
+    rows: SeededDataset | StreamedRows,
     parts: Iterable[range],
     args: PredictArguments,
     backbone: FrozenBackbone | QuantizedBackbone | None = None,
@@ -385,8 +417,8 @@ def predict_parts(
     Args:
         model: In eval mode, on the device to use.
         processor: The model's processor.
-        rows: As of `rows_for_model`, of the whole dataset or a run of it.
-        parts: The rows of each part, as indices in the whole dataset.
+        rows: As of `rows_for_model`, of the whole dataset, or a stream.
+        parts: The rows of each part, as indices in the whole dataset; of a stream, some of its `parts`.
         args: The arguments of the prediction.
         backbone: As in `predict_batches`.
 
@@ -397,14 +429,18 @@ def predict_parts(
         DataError: A row is bad, or its photograph cannot be read, and bad rows are not to be skipped.
     """
     folder = parts_folder(args.output_file)
-    parts = list(parts)
+    streamed, num_rows = isinstance(rows, StreamedRows), None
+    if not streamed:  # a stream has its parts one by one, and no length
+        parts = list(parts)
+        num_rows = sum(map(len, parts))
     outputs = [name for name in output_names(model.config) if name.endswith("logits")]
     begun: deque[_Part] = deque()  # the data loader asks for batches before it returns the ones before
 
-    def plan_batches() -> Iterator[Sequence[int]]:
+    def plan_batches() -> Iterator[Sequence[int] | list[dict]]:
         for part in parts:
-            begun.append(_Part(rows, part, args))
-            yield from begun[-1].batches
+            reader = rows.part if streamed else rows
+            begun.append(_Part(reader, part, args))
+            yield from map(reader.__getitems__, begun[-1].batches) if streamed else begun[-1].batches
 
     def write_complete_parts() -> None:
         while begun and not begun[0].num_open:
@@ -415,7 +451,7 @@ def predict_parts(
         processor,
         rows,
         args.batch_size,
-        _count_workers(sum(map(len, parts)), model.device) if args.num_workers is None else args.num_workers,
+        _count_workers(num_rows, model.device) if args.num_workers is None else args.num_workers,
         args.selection,
         args.threshold,
         args.top_k,
@@ -431,13 +467,13 @@ def predict_parts(
     write_complete_parts()
 
 
-def _count_workers(num_rows: int, device: torch.device) -> int:
-    """This process's share of the cores, unless there is little to do."""
+def _count_workers(num_rows: int | None, device: torch.device) -> int:
+    """This process's share of the cores, unless there is little to do, which is not known of a stream."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type != "cpu":
         share = min(share, MAX_WORKERS)
-    num_workers = min(share, num_rows // ROWS_PER_WORKER)
+    num_workers = share if num_rows is None else min(share, num_rows // ROWS_PER_WORKER)
     return num_workers if num_workers > 1 else 0
 
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow.parquet as pq
 import pytest
+import torch
 from accelerate import Accelerator
 from conftest import make_rows
 from datasets import Dataset
@@ -122,6 +124,44 @@ def test_rows_of_a_batch_have_about_as_many_tags(predict, rows, watched_model):
     assert watched_model.lengths == sorted(len(row["tags"]) for row in rows)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_all_parts_of_a_stream_come_from_one_data_loader_and_are_the_very_same(
+    predict, rows, monkeypatch, num_workers
+):
+    expected, metrics = predict(rows, inject_outliers=0.5)
+    loaders = []
+
+    class CountedLoader(prediction.DataLoader):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            loaders.append(self)
+
+    monkeypatch.setattr(prediction, "DataLoader", CountedLoader)
+
+    streamed = predict(rows, "streamed", inject_outliers=0.5, streaming=True, num_workers=num_workers)
+
+    assert streamed == (expected, metrics)
+    assert [loader.num_workers for loader in loaders] == [num_workers]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("rank", "share"), [(0, [range(6), range(12, 18)]), (1, [range(6, 12), range(18, 22)])])
+def test_processes_make_every_other_part(predict, rows, tiny_model, processor, streaming, rank, share):
+    predict(rows, streaming=streaming)
+    folder = parts_folder(predict.args.output_file)
+    folder.mkdir()
+    process = SimpleNamespace(
+        device=torch.device("cpu"), process_index=rank, num_processes=2, is_local_main_process=False
+    )
+
+    num_rows = prediction._predict_share(process, tiny_model, processor, predict.dataset, predict.args, None)
+
+    assert num_rows == NUM_ROWS
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"rows-{part.start:09d}-{part.stop:09d}.parquet" for part in share
+    ]
+
+
 def test_a_stream_needs_parquet(predict, rows, tmp_path):
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "test.csv").write_text("item_id,tags\na,x\n")
@@ -215,6 +255,19 @@ def test_an_interrupted_prediction_goes_on_where_it_was(predict, rows, watched_m
     assert_same(found, expected)
     assert same_metrics == metrics == json.loads((tmp_path / "out.metrics.json").read_text())
     assert not folder.exists() and watched_model.batches_left == 0
+
+
+def test_photographs_of_streamed_parts_that_are_there_are_not_looked_at(predict, rows, watched_model):
+    expected, _ = predict(rows, "whole")
+    watched_model.batches_left = 5
+    with pytest.raises(KeyboardInterrupt):
+        predict(rows, model=watched_model, streaming=True)
+    rows[:12] = map(break_photograph, rows[:12])
+
+    watched_model.batches_left = 3
+    found, _ = predict(rows, model=watched_model, streaming=True)
+
+    assert_same(found, expected)
 
 
 def test_parts_may_be_made_by_anybody_in_any_order(tiny_model, processor, predict, rows, watched_model):
