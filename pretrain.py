@@ -66,8 +66,7 @@ def main() -> None:
         )
     train_collator = TagCollator.for_training(processor, data_args, backbone=backbone)
     eval_collator = TagCollator(processor, backbone=backbone)
-    shortest_side = train_collator.image_augmentation.shortest_side
-    train = AugmentedDataset(splits["train"], training_args.seed, features.get("train"), shortest_side)
+    train = AugmentedDataset(splits["train"], training_args.seed, features.get("train"))
     validation = SeededDataset(splits["validation"], training_args.seed, features.get("validation"))
     trainer = MagnetoTrainer(
         model,

@@ -75,8 +75,7 @@ def main() -> None:
         train = StreamedDataset(stream, training_args.seed, data_args.shuffle_buffer_size)
         train_collator = StreamedCollator(train_collator)
     else:
-        shortest_side = train_collator.image_augmentation.shortest_side
-        train = AugmentedDataset(splits.pop("train"), training_args.seed, features.get("train"), shortest_side)
+        train = AugmentedDataset(splits.pop("train"), training_args.seed, features.get("train"))
     evaluated = {name: SeededDataset(rows, training_args.seed, features.get(name)) for name, rows in splits.items()}
     trainer = MagnetoTrainer(
         model,

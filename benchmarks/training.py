@@ -166,7 +166,7 @@ class OurRecipe:
                 self.model, self.processor, rows, device, self.options["bf16"], self.options.get("int8", False)
             ),
         )
-        self.rows = AugmentedDataset(rows, 0, features, self.collator.image_augmentation.shortest_side)
+        self.rows = AugmentedDataset(rows, 0, features)
 
     def images_per_second(self, num_steps: int) -> float:
         clock = Clock()

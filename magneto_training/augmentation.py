@@ -90,12 +90,12 @@ class ImageAugmentation:
         self.transform = v2.Compose(steps)
 
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
-        """Augment one photograph: the same for the same seed, and the random state of the caller stays as it is."""
+        """Augment one photograph, in RGB: the same for the same seed, and the caller's random state stays as it is."""
         # What `torch.random.fork_rng` and `torch.manual_seed` do, without the third of the time that they take here.
         state = torch.get_rng_state()
         try:
             torch.default_generator.manual_seed(seed)
-            return self.transform(image.convert("RGB"))
+            return self.transform(image)
         finally:
             torch.set_rng_state(state)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -14,15 +13,16 @@ from .arguments import RowArguments
 from .augmentation import ImageAugmentation, TagAugmentation, draw_outliers, example_seed
 from .feature_cache import FeatureCache
 from .frozen_backbone import FrozenBackbone
+from .photographs import PhotographReader, undecoded
 from .quantized_backbone import QuantizedBackbone
-from .tag_data import DataError, read_photograph
+from .tag_data import DataError
 
 
 class SeededDataset(torch.utils.data.Dataset):
     """Rows that know their index and the seed of their random changes: the same whenever they are read.
 
     Args:
-        dataset: Rows as of `load_tag_dataset`.
+        dataset: Rows as of `load_tag_dataset`. Their photographs stay undecoded.
         seed: The run's seed.
         features: Drawn from instead of reading the photographs.
         first_index: The index of the first row in the whole dataset, where this is a part of one.
@@ -31,7 +31,7 @@ class SeededDataset(torch.utils.data.Dataset):
     epoch = 0
 
     def __init__(self, dataset: Dataset, seed: int, features: FeatureCache | None = None, first_index: int = 0):
-        self.dataset = dataset if features is None else without_images(dataset)
+        self.dataset = undecoded(dataset) if features is None else without_images(dataset)
         self.seed = seed
         self.features = features
         self.first_index = first_index
@@ -62,31 +62,12 @@ class AugmentedDataset(SeededDataset):
 
     Args:
         dataset, seed, features: As in `SeededDataset`.
-        shortest_side: As in `read_photograph`: what the augmentation needs of a photograph.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        seed: int,
-        features: FeatureCache | None = None,
-        shortest_side: int | None = None,
-    ):
-        if "image" in dataset.column_names:
-            dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    def __init__(self, dataset: Dataset, seed: int, features: FeatureCache | None = None):
         super().__init__(dataset, seed, features)
-        self.shortest_side = shortest_side
         # Shared memory: workers that outlive an epoch see the next one too.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __getitems__(self, indices: list[int]) -> list[dict]:
-        rows = super().__getitems__(indices)
-        for row in rows:
-            if "image" in row:
-                row["image"] = read_photograph(row["image"], self.shortest_side)
-                if row["image"] is None:  # when the rows were checked, it could be
-                    raise DataError(f"the photograph of item_id {row['item_id']} can no longer be read")
-        return rows
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader before each epoch."""
@@ -134,7 +115,7 @@ class TagCollator:
         self.tag_processor = MagnetoProcessor(
             processor.image_processor, processor.tokenizer, processor.max_tags, use_images=False
         )
-        self.image_augmentation = image_augmentation
+        self.read_photograph = PhotographReader(processor.image_processor, image_augmentation)
         self.tag_augmentation = tag_augmentation
         self.training = training
         self.backbone = backbone
@@ -152,25 +133,49 @@ class TagCollator:
         image_augmentation = ImageAugmentation(image_size, data_args.min_crop_scale, data_args.auto_augment)
         return cls(processor, image_augmentation, tag_augmentation, training=True, backbone=backbone)
 
+    def read(self, rows: list[dict]) -> tuple[list[dict], list[dict]]:
+        """Read the photographs of a batch, where the model looks at them and there are no features of them yet.
+
+        Returns:
+            The rows with `pixel_values` (3, S, S) in place of `image`, and those whose photograph cannot be read.
+        """
+        if not self.processor.use_images or "image_features" in rows[0]:
+            return rows, []
+        read = [
+            {name: row[name] for name in row if name != "image"}
+            | {"pixel_values": self.read_photograph(row["image"], row.get("seed"))}
+            for row in rows
+        ]
+        return (
+            [row for row in read if row["pixel_values"] is not None],
+            [row for row in read if row["pixel_values"] is None],
+        )
+
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        cached = "image_features" in rows[0]
-        images = [row["image"] for row in rows] if self.processor.use_images and not cached else None
+        """Rows, as they come from a dataset or from `read`, to a batch.
+
+        Raises:
+            DataError: A photograph cannot be read, and when the rows were checked, it could be.
+        """
+        if "pixel_values" not in rows[0]:
+            rows, unreadable = self.read(rows)
+            if unreadable:
+                raise DataError(f"the photograph of item_id {unreadable[0]['item_id']} can no longer be read")
         tags = [row["tags"] for row in rows]
         important_tags = [row["important_tags"] for row in rows] if "important_tags" in rows[0] else None
         if self.training:
             tags = [self._augmented_tags(row["tags"], row["important_tags"], row["seed"]) for row in rows]
-        resize = {}
-        if images is not None and self.image_augmentation is not None:
-            images = [self.image_augmentation(row["image"], row["seed"]) for row in rows]
-            resize = {"do_resize": False, "do_center_crop": False}
-        processor = self.tag_processor if cached else self.processor
-        batch = dict(processor(images, tags, important_tags, truncation=self.training, **resize))
-        if cached:
+        batch = dict(self.tag_processor(tags=tags, important_tags=important_tags, truncation=self.training))
+        if "image_features" in rows[0]:
             # Channels last in memory, as the rows have them: rearranging would take longer than copying.
             features = torch.stack([row["image_features"].permute(1, 2, 0) for row in rows])
             batch["image_features"] = features.permute(0, 3, 1, 2)
-        elif self.backbone is not None:
-            batch["image_features"] = self.backbone(batch.pop("pixel_values"))
+        elif self.processor.use_images:
+            pixel_values = torch.stack([row["pixel_values"] for row in rows])
+            if self.backbone is None:
+                batch["pixel_values"] = pixel_values
+            else:
+                batch["image_features"] = self.backbone(pixel_values)
         return batch
 
     def _augmented_tags(self, tags: list[str], important_tags: list[str], seed: int) -> list[str]:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
@@ -36,8 +37,10 @@ from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
 from .arguments import MagnetoTrainingArguments, RowArguments, UsageError, UserError
 from .augmentation import ImageAugmentation, example_seed
 from .frozen_backbone import FrozenBackbone
+from .photographs import PhotographReader, undecoded
+from .tag_data import DataError
 
-FORMAT = 3  # a change of this file, or of frozen_backbone.py, that changes what is stored makes it 4
+FORMAT = 4  # a change of this file, of photographs.py or frozen_backbone.py that changes what is stored makes it 5
 ROWS_PER_FILE = 2048
 # Views are the same for every seed of training, so that runs share them.
 VIEW_SEED = 0
@@ -139,10 +142,9 @@ def build_feature_caches(
         )
     state = PartialState()
     builders = {}
-    with training_args.main_process_first(desc="reading the photographs"):
-        for name, rows in splits.items():
-            views = training_args.cached_views if name == "train" else 1
-            builders[name] = _Builder(model, processor, rows, views, data_args, training_args)
+    for name, rows in splits.items():
+        views = training_args.cached_views if name == "train" else 1
+        builders[name] = _Builder(model, processor, rows, views, data_args, training_args)
     if state.is_main_process:
         _announce(builders)
     state.wait_for_everyone()
@@ -177,20 +179,23 @@ class _Builder:
         training_args: MagnetoTrainingArguments,
     ):
         self.model = model
-        self.processor = processor
         self.rows = rows
         self.training_args = training_args
         self.size = model.config.image_size
-        self.augmentation = None
+        augmentation = None
         if num_views > 1:
-            self.augmentation = ImageAugmentation(self.size, data_args.min_crop_scale, data_args.auto_augment)
+            augmentation = ImageAugmentation(self.size, data_args.min_crop_scale, data_args.auto_augment)
+        self.read_photograph = PhotographReader(processor.image_processor, augmentation)
         transform = {
             "image_processor": processor.image_processor.to_dict(),
             "augmentation": None if num_views == 1 else [data_args.min_crop_scale, data_args.auto_augment],
         }
-        fingerprint = _fingerprint(rows, transform, model, training_args.bf16)
+        fingerprint = [None]
+        if PartialState().is_main_process:  # it reads all photographs, which one process can do for all
+            fingerprint = [_fingerprint(rows, transform, model, training_args.bf16)]
+        broadcast_object_list(fingerprint)
         cache_dir = Path(training_args.feature_cache_dir or Path(HF_HOME) / "magneto_features")
-        self.folder = cache_dir / fingerprint
+        self.folder = cache_dir / fingerprint[0]
         self.files = [
             [self.folder / f"view-{view:03d}-{start:09d}.safetensors" for start in range(0, len(rows), ROWS_PER_FILE)]
             for view in range(num_views)
@@ -245,7 +250,7 @@ class _Builder:
         """(rows, h, w, C) float16."""
         in_workers = backbone.device.type == "cpu"
         loader = DataLoader(
-            _Views(self.rows, self._row_numbers(number), view),
+            _Views(self.rows, self._row_numbers(number), view, self.read_photograph),
             batch_size=self.training_args.per_device_eval_batch_size,
             num_workers=self.training_args.dataloader_num_workers,
             collate_fn=functools.partial(self._collate, backbone if in_workers else None),
@@ -259,34 +264,31 @@ class _Builder:
             raise UserError("cached_views: a feature of the backbone is beyond what float16 holds; train without it")
         return features
 
-    def _collate(self, backbone: FrozenBackbone | None, rows: list[dict]) -> torch.Tensor:
-        """Photographs to tensors, and with a backbone to feature maps."""
-        pixel_values = self._pixel_values(rows)
+    def _collate(self, backbone: FrozenBackbone | None, photographs: list[torch.Tensor]) -> torch.Tensor:
+        """A batch of photographs as tensors, and with a backbone as feature maps."""
+        pixel_values = torch.stack(photographs)
         return pixel_values if backbone is None else backbone(pixel_values)
-
-    def _pixel_values(self, rows: list[dict]) -> torch.Tensor:
-        if self.augmentation is None:
-            return self.processor.image_processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
-        images = [self.augmentation(row["image"], row["seed"]) for row in rows]
-        return self.processor.image_processor(images, return_tensors="pt", do_resize=False, do_center_crop=False)[
-            "pixel_values"
-        ]
 
 
 class _Views(torch.utils.data.Dataset):
-    """Some photographs of a split, each with the seed of one view of it."""
+    """One view of some photographs of a split, as tensors."""
 
-    def __init__(self, rows: Dataset, numbers: range, view: int):
-        self.rows = rows.select_columns("image")
+    def __init__(self, rows: Dataset, numbers: range, view: int, read_photograph: PhotographReader):
+        self.photographs = undecoded(rows.select_columns(["item_id", "image"]))
         self.numbers = numbers
         self.view = view
+        self.read_photograph = read_photograph
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> torch.Tensor:
         number = self.numbers[index]
-        return {"image": self.rows[number]["image"], "seed": example_seed(VIEW_SEED, self.view, number)}
+        row = self.photographs[number]
+        pixel_values = self.read_photograph(row["image"], example_seed(VIEW_SEED, self.view, number))
+        if pixel_values is None:  # when the rows were checked, it could be read
+            raise DataError(f"the photograph of item_id {row['item_id']} can no longer be read")
+        return pixel_values
 
 
 def _announce(builders: dict[str, _Builder]) -> None:
@@ -319,7 +321,7 @@ def _fingerprint(rows: Dataset, transform: dict, model: MagnetoPreTrainedModel, 
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in model.base_model.image_feature_extractor.backbone.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    photographs = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    photographs = undecoded(rows.select_columns("image"))
     # Kept by `datasets`: a second run need not read them again, unless they are files, which may have changed.
     in_table = not any(
         pc.struct_field(batch["image"], "bytes").null_count
@@ -340,7 +342,7 @@ def _fingerprint(rows: Dataset, transform: dict, model: MagnetoPreTrainedModel, 
 
 def _digest_photographs(rows: pa.Table) -> pa.Table:
     digests = []
-    for image in rows["image"].to_pylist():
+    for image in map(pa.StructScalar.as_py, rows["image"]):  # one at a time, which may be large
         opened = io.BytesIO(image["bytes"]) if image["bytes"] is not None else open(image["path"], "rb")
         with opened as file:
             digests.append(hashlib.file_digest(file, "sha256").digest())

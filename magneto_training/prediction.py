@@ -45,8 +45,9 @@ from .collation import OutlierDataset, SeededDataset, TagCollator, without_image
 from .evaluation import combine_metrics, evaluate_selection, output_names, write_metrics
 from .frozen_backbone import FrozenBackbone
 from .initialization import load_source
+from .photographs import UNREADABLE
 from .quantized_backbone import QuantizedBackbone, backbone_for_workers
-from .tag_data import DataError, check_columns, checked_split, find_problems, load_tag_dataset, read_photograph
+from .tag_data import DataError, check_columns, checked_split, find_problems, load_tag_dataset
 
 SCHEMA = pa.schema(
     [
@@ -57,7 +58,6 @@ SCHEMA = pa.schema(
     ]
 )
 FIGURES = b"magneto"  # in a part's own metadata: what its rows add to the metrics, and which rows were skipped
-UNREADABLE = "an unreadable photograph"
 PARTS_PER_ROW_GROUP = 16
 ROWS_PER_WORKER = 64  # at least: starting one takes time
 MAX_WORKERS = 16  # that feed a GPU
@@ -262,14 +262,10 @@ def predict_batches(
 
 
 def _read_batch(collate: TagCollator, rows: list[dict]) -> tuple[list[dict], dict[str, torch.Tensor], list[dict]]:
-    """The readable rows and their tensors, and the others; photographs stay in the worker that has read them."""
-    readable, unreadable = rows, []
-    if collate.processor.use_images:
-        rows = [{**row, "image": read_photograph(row["image"])} for row in rows]
-        readable = [row for row in rows if row["image"] is not None]
-        unreadable = [row for row in rows if row["image"] is None]
+    """The rows whose photograph can be read, their tensors, and the other rows."""
+    readable, unreadable = collate.read(rows)
     batch = collate(readable) if readable else {}
-    return [{name: row[name] for name in row if name != "image"} for row in readable], batch, unreadable
+    return [{name: row[name] for name in row if name != "pixel_values"} for row in readable], batch, unreadable
 
 
 # -------------------------------------------------------------------------------------------------------- rows to file

@@ -15,6 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from transformers import AutoConfig
 
+from modeling_magneto.processing_magneto import upright_rgb
+
 from .arguments import CommandParser, UsageError, UserError, user_errors_in_one_line
 from .initialization import load_source
 from .model_card import name_model
@@ -148,7 +150,7 @@ def _is_published(path: str) -> bool:
 
 def _jpeg(image: Image.Image) -> bytes:
     """A photograph as it is published: no larger than a page needs it, and without the camera's notes."""
-    image = image.convert("RGB")
+    image = upright_rgb(image)
     scale = min(1, WIDGET_SIZE / min(image.size))
     file = io.BytesIO()
     image.resize([round(side * scale) for side in image.size]).save(file, "JPEG", quality=90)

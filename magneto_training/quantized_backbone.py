@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
@@ -23,7 +22,7 @@ from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
 
 from .arguments import UsageError, UserError
 from .frozen_backbone import IMAGES_AT_A_TIME, FrozenBackbone
-from .tag_data import read_photograph
+from .photographs import PhotographReader, undecoded
 
 NUM_PHOTOGRAPHS = 128  # whose activations set the ranges
 LARGEST_ERROR = 1.0  # of the features, relative to their norm: that of features of zeros
@@ -102,13 +101,11 @@ def backbone_for_workers(
 
 
 def _first_photographs(rows: Dataset | IterableDataset, processor: MagnetoProcessor) -> Iterator[torch.Tensor]:
-    undecoded = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    photographs = filter(None, (read_photograph(row["image"]) for row in undecoded))
-    first = islice(photographs, NUM_PHOTOGRAPHS)
-    while images := list(islice(first, IMAGES_AT_A_TIME)):
-        yield processor.image_processor([image.convert("RGB") for image in images], return_tensors="pt")[
-            "pixel_values"
-        ]
+    read_photograph = PhotographReader(processor.image_processor)
+    photographs = (read_photograph(row["image"]) for row in undecoded(rows.select_columns("image")))
+    first = islice((photograph for photograph in photographs if photograph is not None), NUM_PHOTOGRAPHS)
+    while batch := list(islice(first, IMAGES_AT_A_TIME)):
+        yield torch.stack(batch)
 
 
 def _quantize(backbone: FrozenBackbone, photographs: Iterable[torch.Tensor]) -> bytes:

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 import jinja2
 import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch.utils.data import Subset
 
 from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
@@ -20,6 +19,7 @@ from modeling_magneto.processing_magneto import normalize_tag
 
 from .arguments import PredictArguments
 from .evaluation import format_metrics
+from .photographs import read_photograph, undecoded
 from .prediction import predict_batches, read_skipped, rows_for_model
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
@@ -233,7 +233,7 @@ def _read_photographs(dataset: Dataset, shown: list[int]) -> Iterator[str | None
     if "image" not in rows.column_names:
         yield from [None] * len(rows)
         return
-    for row in rows.select_columns("image").cast_column("image", datasets.Image(decode=False)):
+    for row in undecoded(rows.select_columns("image")):
         yield _square(row["image"])
 
 
@@ -242,11 +242,8 @@ def _square(image: dict | None) -> str | None:
 
     None for a photograph that cannot be read, as a tag-only model need not.
     """
-    try:
-        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-            opened.draft("RGB", (PHOTOGRAPH_SIZE, PHOTOGRAPH_SIZE))
-            photograph = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, TypeError):
+    photograph = read_photograph(image, PHOTOGRAPH_SIZE)
+    if photograph is None:
         return None
     size = min(PHOTOGRAPH_SIZE, *photograph.size)
     buffer = io.BytesIO()

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
-from PIL import Image
 
 from modeling_magneto.loss_magneto import IGNORED_LABEL
 
 from .arguments import DataArguments, MagnetoTrainingArguments, UsageError
 from .augmentation import example_seed
 from .collation import TagCollator
+from .photographs import undecoded
 from .tag_data import (
     DataError,
     RowReport,
@@ -31,7 +31,6 @@ from .tag_data import (
     judge_rows,
     load_split,
     load_tag_dataset,
-    read_photograph,
 )
 
 LABEL_COLUMNS = ["item_id", "tags", "important_tags"]
@@ -84,7 +83,7 @@ def load_streamed_splits(data_args: DataArguments, use_images: bool) -> tuple[St
     report = RowReport(name, 0)
     vocabulary = collect_tags(_checked_tables(load(LABEL_COLUMNS)[data_args.train_split], report))
     judge_rows(report, data_args.skip_bad_rows)
-    streams = {split: _undecoded(rows) for split, rows in load(columns).items()}
+    streams = {split: undecoded(rows) for split, rows in load(columns).items()}
     rows = streams[data_args.train_split]
     if report.bad_rows:
         rows = rows.with_format("arrow").filter(_are_good, batched=True, batch_size=100).with_format(None)
@@ -112,10 +111,6 @@ def _checked_tables(rows: IterableDataset, report: RowReport) -> Iterator[pa.Tab
 
 def _are_good(rows: pa.Table) -> pa.ChunkedArray:
     return pc.is_null(find_problems(rows.select(LABEL_COLUMNS), allow_unlabeled=False)["problem"])
-
-
-def _undecoded(rows: IterableDataset) -> IterableDataset:
-    return rows.cast_column("image", datasets.Image(decode=False)) if "image" in rows.features else rows
 
 
 def _in_memory(rows: IterableDataset) -> Dataset:
@@ -226,7 +221,7 @@ class StreamedBatches:
 class StreamedCollator:
     """Undecoded rows to a batch of tensors, in the worker. Rows whose photograph cannot be read are not in it.
 
-    Their ids are under `unreadable`, for `StreamedDataset.leave_out`. Where all are unreadable, the batch is one grey
+    Their ids are under `unreadable`, for `StreamedDataset.leave_out`. Where all are unreadable, the batch is one plain
     picture without a label that counts: the step is taken, since other processes wait for it, with a gradient of zero.
 
     Args:
@@ -239,11 +234,11 @@ class StreamedCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor | list[str]]:
         if not self.collate.processor.use_images:
             return self.collate(rows)
-        shortest_side = self.collate.image_augmentation.shortest_side
-        rows = [{**row, "image": read_photograph(row["image"], shortest_side)} for row in rows]
-        unreadable = [row["item_id"] for row in rows if row["image"] is None]
-        readable = [row for row in rows if row["image"] is not None]
-        batch = self.collate(readable or [{**rows[0], "image": Image.new("RGB", (64, 64), (128, 128, 128))}])
+        readable, unreadable = self.collate.read(rows)
         if not readable:
+            size = self.collate.processor.image_processor.crop_size["height"]
+            readable = [{**rows[0], "pixel_values": torch.zeros(3, size, size)}]
+        batch = self.collate(readable)
+        if len(unreadable) == len(rows):
             batch["labels"].fill_(IGNORED_LABEL)
-        return {**batch, "unreadable": unreadable} if unreadable else batch
+        return {**batch, "unreadable": [row["item_id"] for row in unreadable]} if unreadable else batch

@@ -5,14 +5,10 @@ is checked once.
 """
 
 import ast
-import contextlib
 import csv
 import hashlib
-import io
 import os
 import re
-import struct
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +26,11 @@ from datasets import (
     load_dataset,
 )
 from huggingface_hub import metadata_load
-from PIL import Image, ImageOps
 
 from modeling_magneto.processing_magneto import normalize_tag
 
 from .arguments import DataArguments, PretrainingDataArguments, RowArguments, UserError
+from .photographs import TOO_LARGE, UNREADABLE, find_photograph_problem, undecoded
 
 TABLE_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLIT_WORDS = {
@@ -301,9 +297,7 @@ def check_rows(
     """
     columns = ["item_id", "tags", *(["important_tags"] if use_labels else []), *(["image"] if use_images else [])]
     check_columns(dataset, name, columns)
-    checked = dataset.select_columns(columns)
-    if use_images:
-        checked = checked.cast_column("image", datasets.Image(decode=False))
+    checked = undecoded(dataset.select_columns(columns))
     large = len(dataset) > ROWS_PER_CHECKING_PROCESS  # less is checked before another process has started
     checked = checked.with_format("arrow").map(
         find_problems,
@@ -337,8 +331,9 @@ def find_problems(rows: pa.Table, allow_unlabeled: bool) -> pa.Table:
         problems[bad & (problems == None)] = problem  # noqa: E711 (elementwise)
 
     if "image" in rows.column_names:
-        readable = np.array([_is_readable(image) for image in rows["image"].to_pylist()], dtype=bool)
-        report(~readable, "an unreadable photograph")
+        found = np.array([find_photograph_problem(image.as_py()) for image in rows["image"]], dtype=object)
+        for problem in (UNREADABLE, TOO_LARGE):
+            report(found == problem, problem)
     tag_rows, tag_codes, names, num_tags = _encode(rows["tags"], {})
     report(num_tags == 0, "no tags")
     report(np.isin(np.arange(len(rows)), tag_rows[tag_codes == -1]), "an empty tag")
@@ -368,46 +363,6 @@ def _encode(
     indices = pc.fill_null(encoded.indices, len(encoded.dictionary)).to_numpy()
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     return pc.list_parent_indices(lists).to_numpy(), codes[indices], names, lengths
-
-
-def read_photograph(image: dict | None, shortest_side: int | None = None) -> Image.Image | None:
-    """Decode and turn upright a photograph that `datasets` has left undecoded; none where it cannot be read.
-
-    Args:
-        image: `bytes`, or else `path`.
-        shortest_side: A JPEG may be decoded at a half, a quarter or an eighth of its size, which is much quicker,
-            where at least this many pixels stay on its shortest side.
-    """
-    with _unreadable_photographs_are_skipped():
-        if shortest_side is None:
-            return datasets.Image().decode_example(image)
-        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-            opened.draft(None, (shortest_side, shortest_side))  # of no effect on other formats
-            return ImageOps.exif_transpose(opened)
-    return None
-
-
-def _is_readable(image: dict | None) -> bool:
-    if image is None:
-        return False
-    with _unreadable_photographs_are_skipped():
-        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-            opened.draft("RGB", (64, 64))  # a truncated file shows at any scale, and a small one is quick
-            opened.load()
-        return True
-    return False
-
-
-@contextlib.contextmanager
-def _unreadable_photographs_are_skipped():
-    """All that the libraries say of a photograph that cannot be read, or is too large to be one."""
-    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-    with (
-        contextlib.suppress(OSError, ValueError, SyntaxError, TypeError, struct.error, *bombs),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
 
 
 def checked_split(

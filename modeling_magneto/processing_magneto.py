@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerFast, ProcessorMixin
@@ -58,6 +58,16 @@ def normalize_tags(tags: Iterable[str]) -> list[str]:
     if not tags:
         raise ValueError("found an empty list of tags, expected at least one")
     return tags
+
+
+def upright_rgb(photograph: Image.Image) -> Image.Image:
+    """A photograph in RGB, and turned as its camera was held, as `datasets` and pipelines read photographs too."""
+    if photograph.mode.startswith("I;16") or (photograph.mode == "I" and photograph.format in ("PNG", "PPM")):
+        # 16-bit grey, of which `convert("RGB")` would make everything white.
+        photograph = photograph.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
+    if photograph.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        photograph = ImageOps.exif_transpose(photograph)
+    return photograph if photograph.mode == "RGB" else photograph.convert("RGB")
 
 
 class MagnetoProcessor(ProcessorMixin):
@@ -191,8 +201,7 @@ class MagnetoProcessor(ProcessorMixin):
         images = make_flat_list_of_images(self.image_processor.fetch_images(images))
         if len(images) != expected:
             raise ValueError(f"found {len(images)} photographs for {expected} lists of tags, expected as many")
-        # Upright, as `datasets` and pipelines read photographs: a camera may have been held otherwise.
-        images = [ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image for image in images]
+        images = [upright_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         return self.image_processor(images, return_tensors="pt", **images_kwargs)["pixel_values"]
 
     def _labels(self, tags, important_tags, truncation: bool, shape: torch.Size) -> torch.Tensor:

@@ -131,7 +131,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [9_500, 12_000, 100_000])
+@pytest.mark.parametrize("side", [13_400, 100_000])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     (tmp_path / "a.png").write_bytes(png_header(side, side))
     assert fault(tmp_path, "a.png").startswith("unreadable: ")

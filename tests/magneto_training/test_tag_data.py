@@ -4,7 +4,6 @@ import json
 import os
 
 import datasets
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,7 +15,6 @@ from magneto_training.tag_data import (
     checked_split,
     load_tag_dataset,
     load_training_splits,
-    read_photograph,
 )
 
 
@@ -398,49 +396,3 @@ def test_the_vocabulary_is_every_tag_once_in_alphabetical_order():
     rows = make_split([{"tags": ["Sun", "blue  sky"]}, {"tags": ["boat", "sun ", "Blue Sky"]}])
 
     assert build_vocabulary(rows) == ["blue sky", "boat", "sun"]
-
-
-# -------------------------------------------------------------------------------------------------- reading at a scale
-
-
-def as_file(photograph: Image.Image, image_format: str, **options) -> dict:
-    buffer = io.BytesIO()
-    photograph.save(buffer, image_format, **options)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-@pytest.mark.parametrize(
-    ("shortest_side", "expected"),
-    [(None, (320, 240)), (241, (320, 240)), (121, (320, 240)), (120, (160, 120)), (60, (80, 60)), (1, (40, 30))],
-)
-def test_a_jpeg_is_decoded_no_smaller_than_needed(shortest_side, expected):
-    image = as_file(Image.effect_noise((320, 240), 50).convert("RGB"), "JPEG")
-
-    assert read_photograph(image, shortest_side).size == expected
-
-
-def test_other_formats_are_decoded_whole():
-    image = as_file(Image.new("RGB", (320, 240)), "PNG")
-
-    assert read_photograph(image, 60).size == (320, 240)
-
-
-def test_a_photograph_decoded_at_a_scale_is_upright_and_looks_the_same(tmp_path):
-    gradient = Image.linear_gradient("L").resize((320, 240)).convert("RGB")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    image = as_file(gradient, "JPEG", exif=exif)
-    (tmp_path / "photograph.jpg").write_bytes(image["bytes"])
-
-    found = read_photograph({"bytes": None, "path": str(tmp_path / "photograph.jpg")}, 100)
-
-    whole = read_photograph(image)
-    assert (whole.size, found.size) == ((240, 320), (120, 160))
-    difference = np.asarray(found, dtype=float) - np.asarray(whole.resize((120, 160)), dtype=float)
-    assert np.abs(difference).mean() < 2
-
-
-@pytest.mark.parametrize("content", [b"", b"no photograph"])
-def test_what_cannot_be_read_cannot_be_read_at_a_scale(content):
-    assert read_photograph({"bytes": content, "path": None}, 60) is None
-    assert read_photograph(None, 60) is None

@@ -1,0 +1,118 @@
+"""Photographs as they lie in a table, undecoded, to what the model takes: one at a time.
+
+Decoded, a photograph of 24 million pixels takes 72 MB: a batch of them, in each of several workers, is beyond many a
+machine's memory.
+"""
+
+import contextlib
+import errno
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+
+import datasets
+import torch
+from datasets import Dataset, IterableDataset
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from modeling_magneto.processing_magneto import upright_rgb
+
+from .augmentation import ImageAugmentation
+
+# What the system says of a photograph that is not there. Anything else, as of a network share that is lost, may pass.
+ERRORS_OF_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+UNREADABLE = "an unreadable photograph"
+TOO_LARGE = f"a photograph of more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
+
+
+def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same rows; their photographs, where they have any, come as `{bytes, path}`."""
+    return rows.cast_column("image", datasets.Image(decode=False)) if "image" in rows.features else rows
+
+
+class PhotographReader:
+    """Undecoded photographs to tensors of the model's.
+
+    Args:
+        image_processor: That of the model's processor.
+        augmentation: Replaces its resizing and cropping; for training.
+    """
+
+    def __init__(self, image_processor: CLIPImageProcessor, augmentation: ImageAugmentation | None = None):
+        self.image_processor = image_processor
+        self.augmentation = augmentation
+
+    def __call__(self, image: dict | Image.Image | None, seed: int | None = None) -> torch.Tensor | None:
+        """`image` as of `read_photograph` -> (3, S, S), normalised; none where it cannot be read.
+
+        Raises:
+            OSError: As `read_photograph`.
+        """
+        photograph = read_photograph(image, None if self.augmentation is None else self.augmentation.shortest_side)
+        if photograph is None:
+            return None
+        resize = {}
+        if self.augmentation is not None:
+            photograph, resize = self.augmentation(photograph, seed), {"do_resize": False, "do_center_crop": False}
+        return self.image_processor(photograph, return_tensors="pt", **resize)["pixel_values"][0]
+
+
+def read_photograph(image: dict | Image.Image | None, shortest_side: int | None = None) -> Image.Image | None:
+    """Decode a photograph, upright and in RGB; none where it cannot be read.
+
+    Args:
+        image: `bytes`, or else `path`, as `datasets` leaves photographs undecoded, or one that it has decoded.
+        shortest_side: A JPEG may be decoded at a half, a quarter or an eighth of its size, which is much quicker,
+            where at least this many pixels stay on its shortest side.
+
+    Raises:
+        OSError: It is not the photograph that is at fault, but the disk or the network.
+    """
+    if isinstance(image, Image.Image):
+        return upright_rgb(image)
+    with _faults_of_photographs([]):
+        if shortest_side is None:
+            return upright_rgb(datasets.Image().decode_example(image))
+        with _open(image) as opened:
+            opened.draft(None, (shortest_side, shortest_side))  # of no effect on other formats
+            opened.load()
+            return upright_rgb(opened)
+    return None
+
+
+def find_photograph_problem(image: dict | None) -> str | None:
+    """What is wrong with an undecoded photograph; none where it can be read.
+
+    Raises:
+        OSError: As `read_photograph`.
+    """
+    problems = []
+    with _faults_of_photographs(problems), _open(image) as opened:
+        opened.draft("RGB", (64, 64))  # a truncated file shows at any scale, and a small one is quick
+        opened.load()
+    return problems[0] if problems else None
+
+
+def _open(image: dict | None) -> Image.Image:
+    if image is None:
+        raise ValueError("there is none")
+    return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+
+
+@contextlib.contextmanager
+def _faults_of_photographs(problems: list[str]) -> Iterator[None]:
+    """Puts down what is wrong with a photograph, out of all that the libraries raise of one, and goes on behind it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half as many pixels as the error
+            yield
+    except Image.DecompressionBombError:
+        problems.append(TOO_LARGE)
+    except OSError as error:
+        if error.errno not in (None, *ERRORS_OF_A_PATH):  # of what is in a file, Pillow says it without a number
+            raise
+        problems.append(UNREADABLE)
+    except (ValueError, SyntaxError, TypeError, struct.error):
+        problems.append(UNREADABLE)

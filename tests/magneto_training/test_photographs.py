@@ -1,0 +1,137 @@
+import errno
+import io
+import weakref
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from magneto_training import photographs
+from magneto_training.augmentation import ImageAugmentation
+from magneto_training.collation import TagCollator
+from magneto_training.photographs import PhotographReader, find_photograph_problem, read_photograph, undecoded
+from modeling_magneto import MagnetoProcessor
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return MagnetoProcessor.from_vocabulary(["x"], image_size=32)
+
+
+def as_file(photograph: Image.Image, image_format: str, **options) -> dict:
+    buffer = io.BytesIO()
+    photograph.save(buffer, image_format, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("shortest_side", "expected"),
+    [(None, (320, 240)), (241, (320, 240)), (121, (320, 240)), (120, (160, 120)), (60, (80, 60)), (1, (40, 30))],
+)
+def test_a_jpeg_is_decoded_no_smaller_than_needed(shortest_side, expected):
+    image = as_file(Image.effect_noise((320, 240), 50).convert("RGB"), "JPEG")
+
+    assert read_photograph(image, shortest_side).size == expected
+
+
+def test_other_formats_are_decoded_whole():
+    image = as_file(Image.new("RGB", (320, 240)), "PNG")
+
+    assert read_photograph(image, 60).size == (320, 240)
+
+
+def test_a_photograph_decoded_at_a_scale_is_upright_and_looks_the_same(tmp_path):
+    gradient = Image.linear_gradient("L").resize((320, 240)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image = as_file(gradient, "JPEG", exif=exif)
+    (tmp_path / "photograph.jpg").write_bytes(image["bytes"])
+
+    found = read_photograph({"bytes": None, "path": str(tmp_path / "photograph.jpg")}, 100)
+
+    whole = read_photograph(image)
+    assert (whole.size, found.size) == ((240, 320), (120, 160))
+    difference = np.asarray(found, dtype=float) - np.asarray(whole.resize((120, 160)), dtype=float)
+    assert np.abs(difference).mean() < 2
+
+
+@pytest.mark.parametrize("content", [b"", b"no photograph"])
+def test_what_cannot_be_read_cannot_be_read_at_a_scale(content):
+    assert read_photograph({"bytes": content, "path": None}, 60) is None
+    assert read_photograph(None, 60) is None
+
+
+def test_grey_of_16_bits_keeps_its_range():
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+
+    found = read_photograph(as_file(Image.fromarray(grey), "PNG"))
+
+    assert found.mode == "RGB"
+    assert np.abs(np.asarray(found)[..., 0] - grey / 257).max() <= 1
+
+
+def test_what_is_wrong_with_a_photograph_is_said(monkeypatch, tmp_path):
+    good = as_file(Image.new("RGB", (20, 10)), "PNG")
+    assert find_photograph_problem(good) is None
+    assert find_photograph_problem({"bytes": None, "path": str(tmp_path)}) == "an unreadable photograph"
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # Pillow warns from here on, and refuses twice as many
+    assert find_photograph_problem(good) is None
+    assert read_photograph(good).size == (20, 10)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    assert find_photograph_problem(good) == "a photograph of more than 178 million pixels"
+    assert read_photograph(good) is None
+
+
+def test_a_disk_that_fails_is_no_fault_of_the_photograph(monkeypatch):
+    def lost(path):
+        raise OSError(errno.ESTALE, "Stale file handle", path)
+
+    monkeypatch.setattr(photographs.Image, "open", lost)
+    for read in (find_photograph_problem, lambda image: read_photograph(image, 10)):
+        with pytest.raises(OSError, match="Stale file handle: 'a.jpg'"):
+            read({"bytes": None, "path": "a.jpg"})
+
+
+# ---------------------------------------------------------------------------------------------------------- to tensors
+
+
+def test_a_reader_prepares_photographs_as_the_processor_does(processor):
+    photograph = Image.effect_noise((50, 40), 80).convert("RGB")
+
+    found = PhotographReader(processor.image_processor)(as_file(photograph, "PNG"))
+
+    assert torch.equal(found, processor(photograph, ["x"])["pixel_values"][0])
+    assert PhotographReader(processor.image_processor)({"bytes": b"", "path": None}) is None
+
+
+def test_an_augmenting_reader_goes_by_the_seed_and_decodes_no_more_than_it_needs(processor):
+    augmentation = ImageAugmentation(32, 0.3)
+    reader = PhotographReader(processor.image_processor, augmentation)
+    image = as_file(Image.effect_noise((400, 300), 80).convert("RGB"), "JPEG")
+
+    assert torch.equal(reader(image, 1), reader(image, 1))
+    assert not torch.equal(reader(image, 1), reader(image, 2))
+    expected = augmentation(read_photograph(image, augmentation.shortest_side), 1)
+    assert read_photograph(image, augmentation.shortest_side).size == (100, 75)
+    assert torch.equal(reader(image, 1), processor.image_processor(expected, return_tensors="pt")["pixel_values"][0])
+
+
+def test_of_a_batch_of_large_photographs_one_at_a_time_is_decoded(processor, monkeypatch):
+    image = as_file(Image.new("RGB", (300, 200)), "PNG")
+    rows = datasets.Dataset.from_dict({"item_id": list("abcd"), "image": [image] * 4, "tags": [["x"]] * 4})
+    rows = undecoded(rows.cast_column("image", datasets.Image())).to_list()
+    made, alive = [], []
+    upright_rgb = photographs.upright_rgb
+
+    def counted(photograph):
+        found = upright_rgb(photograph)
+        made.append(weakref.ref(found))
+        alive.append(sum(reference() is not None for reference in made))
+        return found
+
+    monkeypatch.setattr(photographs, "upright_rgb", counted)
+    assert TagCollator(processor)(rows)["pixel_values"].shape == (4, 3, 32, 32)
+    assert alive == [1, 1, 1, 1]
