@@ -74,6 +74,7 @@ class ModelArguments:
             value = getattr(self, name)
             if value is not None and len(value) != 3:
                 raise UsageError(f"{name} has {len(value)} numbers, expected 3, one for each colour channel")
+        self.to_config(vocab_size=3)  # what is out of range shows before rows are read
 
     def to_config(self, vocab_size: int) -> MagnetoConfig:
         """The configuration of a new model.

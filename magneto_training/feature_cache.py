@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
 
-from .arguments import MagnetoTrainingArguments, RowArguments, UsageError, UserError
+from .arguments import MagnetoTrainingArguments, RowArguments, UserError
 from .augmentation import ImageAugmentation, example_seed
 from .frozen_backbone import FrozenBackbone
 from .photographs import PhotographReader, undecoded
@@ -132,14 +132,8 @@ def build_feature_caches(
         training_args: `cached_views`, `feature_cache_dir`, and the batch size, workers and precision of the run.
 
     Raises:
-        UsageError: The backbone is not frozen.
         UserError: The disk is too small, a feature is beyond float16, or the processes do not share the folder.
     """
-    if model.config.num_trainable_backbone_stages:
-        raise UsageError(
-            f"cached_views is {training_args.cached_views} and num_trainable_backbone_stages "
-            f"{model.config.num_trainable_backbone_stages}, expected 0: only a frozen backbone's features can be kept"
-        )
     state = PartialState()
     builders = {}
     for name, rows in splits.items():

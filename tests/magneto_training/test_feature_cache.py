@@ -9,7 +9,7 @@ import torch
 from conftest import make_rows
 
 from magneto_training import feature_cache
-from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UsageError, UserError
+from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UserError
 from magneto_training.augmentation import ImageAugmentation, example_seed
 from magneto_training.collation import AugmentedDataset, SeededDataset, TagCollator
 from magneto_training.feature_cache import build_feature_caches
@@ -194,12 +194,6 @@ def test_other_photographs_or_weights_never_share_files(build, tiny_model, split
         next(tiny_model.magneto.image_feature_extractor.backbone.parameters()).add_(0.1)
     build(views=1)
     assert len(set((tmp_path / "cache").iterdir()) - folders) == 2
-
-
-def test_a_backbone_that_is_trained_is_refused(build, tiny_model):
-    tiny_model.config.num_trainable_backbone_stages = 1
-    with pytest.raises(UsageError, match="cached_views is 2 and num_trainable_backbone_stages 1, expected 0"):
-        build()
 
 
 def test_a_full_disk_is_named_before_the_work(build, monkeypatch, tmp_path):
