@@ -45,7 +45,7 @@ from .collation import OutlierDataset, SeededDataset, TagCollator, without_image
 from .evaluation import combine_metrics, evaluate_selection, output_names, write_metrics
 from .frozen_backbone import FrozenBackbone
 from .initialization import load_source
-from .photographs import UNREADABLE
+from .photographs import UNREADABLE, undecoded
 from .quantized_backbone import QuantizedBackbone, backbone_for_workers
 from .tag_data import DataError, check_columns, checked_split, find_problems, load_tag_dataset
 
@@ -150,9 +150,7 @@ def rows_for_model(
         args: The arguments of the prediction.
         first_index: The index of the first row in the whole dataset, where this is a part of one.
     """
-    if processor.use_images:
-        dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    else:
+    if not processor.use_images:
         dataset = without_images(dataset)
     if args.inject_outliers is not None:
         return OutlierDataset(dataset, args.seed, processor.vocabulary, args.inject_outliers, first_index)
@@ -181,9 +179,7 @@ class StreamedRows(torch.utils.data.Dataset):
 
     def parts(self) -> Iterator[range]:
         """Read part after part; yields its rows as indices in the whole stream."""
-        rows = self.stream
-        if "image" in rows.features:
-            rows = rows.cast_column("image", datasets.Image(decode=False))
+        rows = undecoded(self.stream)
         info = datasets.DatasetInfo(features=rows.features)
         tables = rows.with_format("arrow").iter(self.args.rows_per_part)
         with ThreadPoolExecutor(1) as reading:  # the next part, while this one is predicted
