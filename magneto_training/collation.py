@@ -115,7 +115,7 @@ class TagCollator:
         self.tag_processor = MagnetoProcessor(
             processor.image_processor, processor.tokenizer, processor.max_tags, use_images=False
         )
-        self.read_photograph = PhotographReader(processor.image_processor, image_augmentation)
+        self.read_photographs = PhotographReader(processor.image_processor, image_augmentation)
         self.tag_augmentation = tag_augmentation
         self.training = training
         self.backbone = backbone
@@ -141,10 +141,10 @@ class TagCollator:
         """
         if not self.processor.use_images or "image_features" in rows[0]:
             return rows, []
+        photographs = self.read_photographs([row["image"] for row in rows], [row.get("seed") for row in rows])
         read = [
-            {name: row[name] for name in row if name != "image"}
-            | {"pixel_values": self.read_photograph(row["image"], row.get("seed"))}
-            for row in rows
+            {name: row[name] for name in row if name != "image"} | {"pixel_values": pixel_values}
+            for row, pixel_values in zip(rows, photographs, strict=True)
         ]
         return (
             [row for row in read if row["pixel_values"] is not None],

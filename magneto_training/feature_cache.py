@@ -179,7 +179,7 @@ class _Builder:
         augmentation = None
         if num_views > 1:
             augmentation = ImageAugmentation(self.size, data_args.min_crop_scale, data_args.auto_augment)
-        self.read_photograph = PhotographReader(processor.image_processor, augmentation)
+        self.read_photographs = PhotographReader(processor.image_processor, augmentation)
         transform = {
             "image_processor": processor.image_processor.to_dict(),
             "augmentation": None if num_views == 1 else [data_args.min_crop_scale, data_args.auto_augment],
@@ -244,7 +244,7 @@ class _Builder:
         """(rows, h, w, C) float16."""
         in_workers = backbone.device.type == "cpu"
         loader = DataLoader(
-            _Views(self.rows, self._row_numbers(number), view, self.read_photograph),
+            _Views(self.rows, self._row_numbers(number), view, self.read_photographs),
             batch_size=self.training_args.per_device_eval_batch_size,
             num_workers=self.training_args.dataloader_num_workers,
             collate_fn=functools.partial(self._collate, backbone if in_workers else None),
@@ -267,22 +267,24 @@ class _Builder:
 class _Views(torch.utils.data.Dataset):
     """One view of some photographs of a split, as tensors."""
 
-    def __init__(self, rows: Dataset, numbers: range, view: int, read_photograph: PhotographReader):
+    def __init__(self, rows: Dataset, numbers: range, view: int, read_photographs: PhotographReader):
         self.photographs = undecoded(rows.select_columns(["item_id", "image"]))
         self.numbers = numbers
         self.view = view
-        self.read_photograph = read_photograph
+        self.read_photographs = read_photographs
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        number = self.numbers[index]
-        row = self.photographs[number]
-        pixel_values = self.read_photograph(row["image"], example_seed(VIEW_SEED, self.view, number))
-        if pixel_values is None:  # when the rows were checked, it could be read
-            raise DataError(f"the photograph of item_id {row['item_id']} can no longer be read")
-        return pixel_values
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        numbers = [self.numbers[index] for index in indices]
+        rows = self.photographs[numbers]
+        seeds = [example_seed(VIEW_SEED, self.view, number) for number in numbers]
+        tensors = self.read_photographs(rows["image"], seeds)
+        for item_id, tensor in zip(rows["item_id"], tensors, strict=True):
+            if tensor is None:  # when the rows were checked, it could be read
+                raise DataError(f"the photograph of item_id {item_id} can no longer be read")
+        return tensors
 
 
 def _announce(builders: dict[str, _Builder]) -> None:

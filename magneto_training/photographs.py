@@ -1,4 +1,4 @@
-"""Photographs as they lie in a table, undecoded, to what the model takes: one at a time.
+"""Photographs as they lie in a table, undecoded, to what the model takes: large ones one at a time.
 
 Decoded, a photograph of 24 million pixels takes 72 MB: a batch of them, in each of several workers, is beyond many a
 machine's memory.
@@ -9,7 +9,7 @@ import errno
 import io
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import datasets
 import torch
@@ -23,6 +23,7 @@ from .augmentation import ImageAugmentation
 
 # What the system says of a photograph that is not there. Anything else, as of a network share that is lost, may pass.
 ERRORS_OF_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+PIXELS_AT_A_TIME = 4_000_000  # at least, that are decoded together
 UNREADABLE = "an unreadable photograph"
 TOO_LARGE = f"a photograph of more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
 
@@ -44,19 +45,45 @@ class PhotographReader:
         self.image_processor = image_processor
         self.augmentation = augmentation
 
-    def __call__(self, image: dict | Image.Image | None, seed: int | None = None) -> torch.Tensor | None:
-        """`image` as of `read_photograph` -> (3, S, S), normalised; none where it cannot be read.
+    def __call__(
+        self, images: Sequence[dict | Image.Image | None], seeds: Sequence[int] | None = None
+    ) -> list[torch.Tensor | None]:
+        """Read some photographs, by their seeds where they are augmented.
+
+        Args:
+            images: Each as of `read_photograph`.
+            seeds: One for each photograph; for training.
+
+        Returns:
+            For each photograph (3, S, S), normalised, or none where it cannot be read.
 
         Raises:
             OSError: As `read_photograph`.
         """
-        photograph = read_photograph(image, None if self.augmentation is None else self.augmentation.shortest_side)
-        if photograph is None:
-            return None
-        resize = {}
-        if self.augmentation is not None:
-            photograph, resize = self.augmentation(photograph, seed), {"do_resize": False, "do_center_crop": False}
-        return self.image_processor(photograph, return_tensors="pt", **resize)["pixel_values"][0]
+        shortest_side = None if self.augmentation is None else self.augmentation.shortest_side
+        tensors: dict[int, torch.Tensor] = {}
+        decoded: dict[int, Image.Image] = {}
+        num_pixels = 0
+        for index, image in enumerate(images):
+            photograph = read_photograph(image, shortest_side)
+            if photograph is None:
+                continue
+            if self.augmentation is not None:
+                photograph = self.augmentation(photograph, seeds[index])
+            decoded[index] = photograph
+            num_pixels += photograph.width * photograph.height
+            if num_pixels >= PIXELS_AT_A_TIME:
+                tensors |= self._to_tensors(decoded)
+                decoded, num_pixels = {}, 0
+        tensors |= self._to_tensors(decoded)
+        return [tensors.get(index) for index in range(len(images))]
+
+    def _to_tensors(self, decoded: dict[int, Image.Image]) -> dict[int, torch.Tensor]:
+        if not decoded:
+            return {}
+        resize = {} if self.augmentation is None else {"do_resize": False, "do_center_crop": False}
+        pixel_values = self.image_processor(list(decoded.values()), return_tensors="pt", **resize)["pixel_values"]
+        return dict(zip(decoded, pixel_values, strict=True))
 
 
 def read_photograph(image: dict | Image.Image | None, shortest_side: int | None = None) -> Image.Image | None:

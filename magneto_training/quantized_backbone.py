@@ -101,8 +101,9 @@ def backbone_for_workers(
 
 
 def _first_photographs(rows: Dataset | IterableDataset, processor: MagnetoProcessor) -> Iterator[torch.Tensor]:
-    read_photograph = PhotographReader(processor.image_processor)
-    photographs = (read_photograph(row["image"]) for row in undecoded(rows.select_columns("image")))
+    read_photographs = PhotographReader(processor.image_processor)
+    batches = undecoded(rows.select_columns("image")).iter(IMAGES_AT_A_TIME)
+    photographs = (photograph for batch in batches for photograph in read_photographs(batch["image"]))
     first = islice((photograph for photograph in photographs if photograph is not None), NUM_PHOTOGRAPHS)
     while batch := list(islice(first, IMAGES_AT_A_TIME)):
         yield torch.stack(batch)
