@@ -63,6 +63,16 @@ def test_what_cannot_be_read_cannot_be_read_at_a_scale(content):
     assert read_photograph(None, 60) is None
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_photographs_of_other_colour_modes_become_rgb(mode):
+    photograph = Image.new("RGB", (20, 10), (200, 40, 40)).convert(mode)
+
+    found = read_photograph(as_file(photograph, "TIFF"))
+
+    assert (found.mode, found.size) == ("RGB", (20, 10))
+    assert np.array_equal(np.asarray(found), np.asarray(photograph.convert("RGB")))
+
+
 def test_grey_of_16_bits_keeps_its_range():
     grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
 
