@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from magneto_training.augmentation import ImageAugmentation
 from magneto_training.frozen_backbone import FrozenBackbone
+from magneto_training.photographs import read_photograph
 from magneto_training.quantized_backbone import QuantizedBackbone
 
 from .training import BATCH_SIZE, OurRecipe, draw_rows
@@ -38,7 +39,7 @@ def main() -> None:
     }
     indices = [list(range(start, start + BATCH_SIZE)) for start in range(0, NUM_BATCHES * BATCH_SIZE, BATCH_SIZE)]
     rows = [recipe.rows.__getitems__(batch) for batch in indices]
-    augmentation: ImageAugmentation = collator.image_augmentation
+    augmentation = collator.read_photographs.augmentation
     collator.backbone = None  # the backbone's time is taken by itself
     photographs = [collator(batch) for batch in rows]
     pixel_values = [batch.pop("pixel_values") for batch in photographs]
@@ -50,10 +51,14 @@ def main() -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, fused=True)
 
+    def decode() -> list[Image.Image]:
+        return [read_photograph(row["image"], augmentation.shortest_side) for batch in rows for row in batch]
+
+    decoded, seeds = decode(), [row["seed"] for batch in rows for row in batch]
+
     def augment() -> None:
-        for batch in rows:
-            for row in batch:
-                augmentation(row["image"], row["seed"])
+        for photograph, seed in zip(decoded, seeds, strict=True):
+            augmentation(photograph, seed)
 
     def train_heads() -> None:
         for batch in batches:
@@ -64,11 +69,14 @@ def main() -> None:
             optimizer.step()
 
     milliseconds = {
-        "read and decode": measure(lambda: [recipe.rows.__getitems__(batch) for batch in indices]),
+        "read": measure(lambda: [recipe.rows.__getitems__(batch) for batch in indices]),
+        "decode": measure(decode),
         "augment the photograph": measure(augment),
     }
     collated = measure(lambda: [collator(batch) for batch in rows])
-    milliseconds["photograph and tags to tensors"] = collated - milliseconds["augment the photograph"]
+    milliseconds["photograph and tags to tensors"] = (
+        collated - milliseconds["decode"] - milliseconds["augment the photograph"]
+    )
     milliseconds |= {
         f"backbone, {name}": measure(lambda backbone=backbone: [backbone(batch) for batch in pixel_values])
         for name, backbone in backbones.items()
