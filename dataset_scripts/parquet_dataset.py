@@ -121,7 +121,7 @@ class DatasetWriter:
         self.folder = out.with_name(out.name + ".partial")
         self._root = photograph_root
         self._short_side = short_side
-        # Pillow warns of photographs from half of `MAX_PIXELS` on, as there are good cameras' ones.
+        # Pillow warns from half of `MAX_PIXELS` on, which photographs of good cameras have.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
     def __enter__(self) -> "DatasetWriter":
