@@ -11,7 +11,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedConfig, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoPreTrainedModel, MagnetoProcessor
 
@@ -103,14 +103,20 @@ class MagnetoTrainer(Trainer):
         clip = self.accelerator.clip_grad_norm_
 
         def clip_or_measure(parameters, max_norm, norm_type=2):
-            # Trainer learns the norm by clipping to infinity, which multiplies every gradient by one: on a CPU, with
-            # many tags in the vocabulary, that takes longer than a layer.
-            if max_norm != float("inf") or self.args.device.type != "cpu":
-                return clip(parameters, max_norm, norm_type)
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            return torch.nn.utils.get_total_norm(gradients, norm_type)
+            # Trainer learns the norm at every step, by clipping to infinity. With many tags in the vocabulary, that
+            # takes longer than a layer, and most of the norms are never seen.
+            if max_norm == float("inf") and not self._logs_next():
+                return None
+            return clip(parameters, max_norm, norm_type)
 
         self.accelerator.clip_grad_norm_ = clip_or_measure
+
+    def _logs_next(self) -> bool:
+        """Whether there will be a line in the log after this step, as far as the arguments tell."""
+        step = self.state.global_step + 1
+        if self.args.logging_strategy == IntervalStrategy.STEPS:
+            return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+        return step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):

@@ -30,6 +30,9 @@ from transformers.utils import ModelOutput
 from .configuration_magneto import MagnetoConfig
 from .loss_magneto import OBJECTIVES
 
+# Up to so many, the tags of a batch attend to each other all at once, behind a mask; more are quicker image by image.
+MAX_TAGS_IN_ONE_ROW = 128
+
 
 @dataclass
 class MagnetoModelOutput(ModelOutput):
@@ -91,8 +94,13 @@ class MagnetoSlots:
     def __init__(self, mask: torch.Tensor, packed: bool):
         self.shape = mask.shape
         self.positions = mask.flatten().nonzero().squeeze(-1) if packed else None  # (T,)
-        # An image whose tags are all padding attends to the padding: its states mean nothing, but they are no NaN.
-        self.attention_mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, L)
+        self.in_one_row = packed and len(self.positions) <= MAX_TAGS_IN_ONE_ROW
+        if self.in_one_row:
+            images = self.positions // mask.shape[-1]
+            self.attention_mask = (images[:, None] == images)[None, None]  # (1, 1, T, T)
+        else:
+            # An image whose tags are all padding attends to the padding: its states mean nothing, but they are no NaN.
+            self.attention_mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, L)
 
     def pack(self, slots: torch.Tensor) -> torch.Tensor:
         """(B, L, ...) -> (T, ...)."""
@@ -104,6 +112,15 @@ class MagnetoSlots:
         if self.positions is not None:
             tags = tags.new_zeros(self.shape.numel(), *tags.shape[1:]).index_copy(0, self.positions, tags)
         return tags.unflatten(0, self.shape)
+
+    def to_rows(self, tags: torch.Tensor) -> torch.Tensor:
+        """(T, ...) -> rows within which tags attend to each other, as `attention_mask` lets them."""
+        # (1, T, ...) or (B, L, ...)
+        return tags.unsqueeze(0) if self.in_one_row else self.unpack(tags)
+
+    def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Back to (T, ...)."""
+        return rows.squeeze(0) if self.in_one_row else self.pack(rows)
 
 
 class MagnetoDropout(nn.Module):
@@ -118,10 +135,10 @@ class MagnetoDropout(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if not self.training or states.device.type != "cpu":
             return F.dropout(states, self.probability, self.training)
-        size = (states.numel() + 3) // 4
-        numbers = torch.randint(-(2**63), 2**63 - 1, (size,)).view(torch.int16)[: states.numel()]
-        kept = numbers.view(states.shape) >= 2**15 - self.num_kept
-        return states * kept.to(states.dtype).mul_(2**16 / self.num_kept)
+        numbers = torch.empty((states.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        numbers = numbers.view(torch.int16)[: states.numel()].view(states.shape)
+        kept = torch.ge(numbers, 2**15 - self.num_kept, out=torch.empty_like(states))
+        return states * kept.mul_(2**16 / self.num_kept)
 
 
 class MagnetoAttention(nn.Module):
@@ -130,7 +147,7 @@ class MagnetoAttention(nn.Module):
     def __init__(self, config: MagnetoConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.dropout = config.dropout
+        self.dropout = MagnetoDropout(config)
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -148,24 +165,27 @@ class MagnetoAttention(nn.Module):
         Returns:
             The result (T, D) and, on request, the attention weights (B, heads, L, R).
         """
-        query = slots.unpack(self.query(tags))  # (B, L, D)
         if regions is None:
-            key, value, mask = slots.unpack(self.key(tags)), slots.unpack(self.value(tags)), slots.attention_mask
+            query, key, value = (slots.to_rows(layer(tags)) for layer in (self.query, self.key, self.value))
+            mask = slots.attention_mask
         else:
-            key, value, mask = self.key(regions), self.value(regions), None
+            query, key, value, mask = slots.unpack(self.query(tags)), self.key(regions), self.value(regions), None
         query, key, value = (
-            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L or R, D / heads)
+            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (rows, heads, columns, D / heads)
             for states in (query, key, value)
         )
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
-        )
-        attended = self.output(slots.pack(attended.transpose(1, 2).flatten(2)))  # (T, D)
-        if not output_attentions:
-            return attended, None
-        # The fused kernels keep the weights to themselves, so whoever asks for them pays for a second product.
-        similarity = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, heads, L, R)
-        return attended, similarity.softmax(-1)
+        weights = None
+        if output_attentions or (self.training and tags.device.type == "cpu"):
+            # The fused kernels keep the weights to themselves, and on CPUs their dropout takes longer than all else.
+            weights = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
+            weights = (weights if mask is None else weights.masked_fill(~mask, -torch.inf)).softmax(-1)
+            attended = self.dropout(weights) @ value
+        else:
+            dropout = self.dropout.probability if self.training else 0.0
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        attended = attended.transpose(1, 2).flatten(2)  # (rows, columns, D)
+        attended = slots.from_rows(attended) if regions is None else slots.pack(attended)
+        return self.output(attended), weights if output_attentions else None
 
 
 class MagnetoEncoderLayer(nn.Module):

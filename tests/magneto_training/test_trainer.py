@@ -174,7 +174,7 @@ def test_a_short_training_improves_logs_and_saves_the_best_epoch(make_trainer):
     training = [entry for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_f1" in entry]
     assert len(training) == len(evaluations) == 5
-    assert {"final_loss", "tag_loss", "image_loss", "mean_gate"} <= set(training[0])
+    assert {"final_loss", "tag_loss", "image_loss", "mean_gate", "grad_norm"} <= set(training[0])
     parts = training[0]["final_loss"] + training[0]["tag_loss"] + training[0]["image_loss"]
     assert training[0]["loss"] == pytest.approx(parts, abs=2e-3)
     assert training[-1]["loss"] < training[0]["loss"]
@@ -244,6 +244,23 @@ def test_the_norm_of_the_gradients_is_logged_and_they_are_clipped_on_request_alo
 
     assert logged[0.0] == pytest.approx(logged[0.05]) == pytest.approx(moved[0.0], rel=1e-4)
     assert moved[0.05] == pytest.approx(0.05, rel=1e-3) and logged[0.05] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("logging", "expected"),
+    [
+        ({"logging_strategy": "epoch"}, [True, True]),
+        ({"logging_strategy": "epoch", "max_steps": 3}, [True]),
+        ({"logging_strategy": "steps", "logging_steps": 3, "logging_first_step": True}, [True] * 5),
+    ],
+)
+def test_whatever_is_logged_has_the_norm_of_its_last_gradients(make_trainer, logging, expected):
+    trainer = make_trainer({"streams": "tag"}, num_train_epochs=2, per_device_train_batch_size=8, **logging)
+
+    trainer.train()
+
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["grad_norm" in line for line in lines] == expected
 
 
 def test_early_stopping(make_trainer):

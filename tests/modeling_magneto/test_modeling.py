@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 from modeling_magneto import MagnetoConfig, MagnetoForOutlierDetection, MagnetoForTagSummarization, MagnetoModel
+from modeling_magneto import modeling_magneto as modeling
 from modeling_magneto.modeling_magneto import MagnetoDropout, MagnetoSlots
 
 ARCHITECTURES = [
@@ -307,7 +308,7 @@ def test_attentions_on_request_are_weights_and_change_no_score(tiny_config, stre
     torch.testing.assert_close(outputs.attentions.sum(-1), torch.ones(3, 2, 5))
     assert (outputs.attentions >= 0).all()
     assert without.attentions is None
-    assert torch.equal(outputs.logits, without.logits)
+    torch.testing.assert_close(outputs.logits, without.logits, rtol=0, atol=1e-6)
 
 
 def test_a_tag_only_model_builds_no_backbone_and_needs_no_photograph(tiny_config):
@@ -420,8 +421,12 @@ def test_dropout_keeps_the_type_of_its_input(tiny_config):
     assert MagnetoDropout(tiny_config)(states).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("max_tags_in_one_row", [0, 128])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_training_leaves_the_padding_out_and_computes_the_same(tiny_config, architecture):
+def test_training_leaves_the_padding_out_and_computes_the_same(
+    tiny_config, architecture, max_tags_in_one_row, monkeypatch
+):
+    monkeypatch.setattr(modeling, "MAX_TAGS_IN_ONE_ROW", max_tags_in_one_row)
     model, batch = build(tiny_config, dropout=0.0, **architecture), make_batch()
     widths = []
     for module in model.modules():
@@ -432,6 +437,11 @@ def test_training_leaves_the_padding_out_and_computes_the_same(tiny_config, arch
     for norm in model.modules():  # of the regions; its statistics are the batch's in training
         if isinstance(norm, nn.BatchNorm2d):
             norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+
+    def gradients(loss):
+        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        found = torch.autograd.grad(loss, parameters.values(), materialize_grads=True)
+        return dict(zip(parameters, found, strict=True))
 
     padded = model(**batch)
     assert set(widths) == {real.numel()}
@@ -444,6 +454,7 @@ def test_training_leaves_the_padding_out_and_computes_the_same(tiny_config, arch
         if padded.get(name) is not None:
             torch.testing.assert_close(packed[name][real], padded[name][real])
             assert packed[name].shape == real.shape
+    torch.testing.assert_close(gradients(packed.loss), gradients(padded.loss), atol=1e-6, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
