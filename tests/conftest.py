@@ -1,6 +1,10 @@
 """What the tests share: one thread for each test process, no network, small models and drawn photographs."""
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 # Before torch is imported: two test processes on two cores must not fight over threads.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from playwright.sync_api import sync_playwright
 
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
 
@@ -71,6 +76,30 @@ def make_rows(count: int, seed: int = 0) -> list[dict]:
             }
         )
     return rows
+
+
+def run_alone(script: str, folder: Path) -> str:
+    """What a script prints in a new process that runs in `folder` and knows neither this checkout nor the network."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    finished = subprocess.run(
+        [sys.executable, "-I", "-c", script], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium; where there is none, the tests that want it are skipped."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        pytest.skip(f"none of {', '.join(names)} is installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,13 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import run_alone
 from PIL import Image
 from small_endpoint import as_base64, as_bytes, bomb, load_module, photograph, save_model
 from transformers import pipeline
@@ -240,15 +239,10 @@ print(json.dumps(answer))
 """
     (tmp_path / "model").symlink_to(folder)
     (tmp_path / "request.json").write_text(json.dumps(request()))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
 
-    finished = subprocess.run(
-        [sys.executable, "-I", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    printed = run_alone(script, tmp_path)
 
-    assert finished.returncode == 0, finished.stderr
-    assert_same(json.loads(finished.stdout), summarizer(photograph(), candidate_labels=LABELS))
+    assert_same(json.loads(printed), summarizer(photograph(), candidate_labels=LABELS))
 
 
 def test_the_endpoint_installs_what_the_project_demands(folder):

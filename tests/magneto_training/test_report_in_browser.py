@@ -1,7 +1,6 @@
 """The report as people meet it: in a browser, from disk. Skipped where there is no Chromium."""
 
 import functools
-import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +9,7 @@ import pytest
 from conftest import COLORS, TINY_BACKBONE
 from datasets import Dataset
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from magneto_training.arguments import PredictArguments
 from magneto_training.prediction import SCHEMA
@@ -31,18 +30,6 @@ METRICS = {
     **dict.fromkeys(("precision", "recall", "f1", "reducible_f1"), 71.5),
     **dict.fromkeys(("keep_all_precision", "keep_all_recall", "keep_all_f1", "keep_all_reducible_f1"), 64.25),
 }
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next(filter(None, map(shutil.which, names)), None)
-    if executable is None:
-        pytest.skip(f"none of {', '.join(names)} is installed")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,14 @@ import functools
 import http.server
 import io
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows
+from conftest import make_rows, run_alone
 from PIL import Image
 from transformers import pipeline
 
@@ -326,17 +323,11 @@ def test_a_saved_folder_brings_its_pipeline_into_a_new_process(summarizer, tmp_p
     summarizer.model.save_pretrained(tmp_path / "model")
     summarizer.processor.save_pretrained(tmp_path / "model")
     photograph().save(tmp_path / "photo.png")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
 
-    finished = subprocess.run(
-        [sys.executable, "-I", "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    printed = run_alone(SCRIPT, tmp_path)
 
-    assert finished.returncode == 0, finished.stderr
     expected = summarizer(photograph(), candidate_labels=TAGS, top_k=1)
-    assert_same(json.loads(finished.stdout), expected, atol=1e-6)
+    assert_same(json.loads(printed), expected, atol=1e-6)
     # What was loaded from a folder's own code is saved with it again.
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {path.name for path in (tmp_path / "again").iterdir() if path.name != "__pycache__"} == names

@@ -1,12 +1,10 @@
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import run_alone
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -95,16 +93,10 @@ print(type(config).__name__, type(model).__name__, type(processor).__name__, "mo
 print(processor(Image.new("RGB", (50, 40), "red"), ["Red ", "blue"])["input_ids"].tolist())
 print(config.model_type, config.hidden_size, not model.training)
 """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
 
-    finished = subprocess.run(
-        [sys.executable, "-I", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    printed = run_alone(script, tmp_path)
 
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.splitlines() == [
+    assert printed.splitlines() == [
         "MagnetoConfig MagnetoForTagSummarization MagnetoProcessor False",
         "[[4, 2]]",
         "magneto 16 True",
@@ -235,17 +227,11 @@ print("modeling_magneto" in sys.modules)
 print(sorted(processor.selection.items()))
 print(model.calibration["logits"].biases.tolist())
 """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
 
-    finished = subprocess.run(
-        [sys.executable, "-I", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    printed = run_alone(script, tmp_path)
 
-    assert finished.returncode == 0, finished.stderr
     biases = model.calibration["logits"].biases.tolist()
-    assert finished.stdout.splitlines() == ["False", str(sorted(SELECTION.items())), str(biases)]
+    assert printed.splitlines() == ["False", str(sorted(SELECTION.items())), str(biases)]
 
 
 def test_pretraining_ignores_a_calibration(tiny_config, processor, tmp_path):
