@@ -5,12 +5,11 @@ accelerate launch predict.py --model_name_or_path M --dataset_name D [--split S]
 
 from magneto_training.arguments import PredictArguments, parse_arguments, user_errors_in_one_line
 from magneto_training.evaluation import format_metrics
-from magneto_training.prediction import (
+from magneto_training.prediction import load_model, load_prediction_split
+from magneto_training.prediction_parts import (
     check_output_file,
     describe_files,
     load_backbone,
-    load_model,
-    load_prediction_split,
     new_accelerator,
     predict_dataset,
 )

@@ -81,7 +81,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Results.
-    metrics = {"validation": trainer.evaluate_split("validation", validation)}
+    metrics = {"validation": trainer.predict_split("validation", validation)[0]}
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():

@@ -21,7 +21,8 @@ from torchvision.transforms import v2
 from transformers import pipeline
 
 from magneto_training.arguments import PredictArguments
-from magneto_training.prediction import load_backbone, load_prediction_split, new_accelerator, predict_dataset
+from magneto_training.prediction import load_prediction_split
+from magneto_training.prediction_parts import load_backbone, new_accelerator, predict_dataset
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
 
 from .training import BATCH_SIZE, VOCABULARY, PlainMagneto, PlainRows, draw_rows

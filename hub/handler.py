@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Pipeline, pipeline
-from transformers.pipelines.base import pad_collate_fn
 
 MAX_LABELS = 500
 MAX_LABEL_LENGTH = 200  # characters
@@ -58,7 +58,6 @@ class EndpointHandler:
             if isinstance(module, torch.nn.Conv2d):
                 # As the photographs lie in memory: otherwise PyTorch turns the weights at every call.
                 module.to(memory_format=torch.channels_last)
-        self._collate = pad_collate_fn(self.pipeline.tokenizer, self.pipeline.image_processor)
         # Decoded photographs are large: only as many at a time as there are cores. And each with a processor of its
         # own, whose tokenizer is not made for several threads.
         self._preprocessors: queue.SimpleQueue[Pipeline] = queue.SimpleQueue()
@@ -101,6 +100,15 @@ class EndpointHandler:
         request = PreparedRequest(inputs, options.get("return_attention", False))
         self._prepared.put(request)
         return self.pipeline.postprocess(request.outputs.result(), **options)
+
+    def _collate(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Batches of one to one batch, padded to its longest list of tags."""
+        batch = {"tags": [item["tags"] for item in inputs]}
+        for name, padding in {"input_ids": self.pipeline.model.config.pad_token_id, "attention_mask": 0}.items():
+            batch[name] = pad_sequence([item[name][0] for item in inputs], batch_first=True, padding_value=padding)
+        if "pixel_values" in inputs[0]:  # a tag-only model has none
+            batch["pixel_values"] = torch.cat([item["pixel_values"] for item in inputs])
+        return batch
 
     def _run_model(self) -> None:
         while True:

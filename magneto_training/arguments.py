@@ -12,10 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import timm
 import torch
 import yaml
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from timm.models import get_pretrained_cfg
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_magneto import MagnetoConfig
@@ -32,6 +35,36 @@ class UsageError(UserError):
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def _check_at_least(arguments: Any, **lowest: float) -> None:
+    """Raise `UsageError` where a field is below its lowest value, or not finite; None is no value."""
+    for name, least in lowest.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value < float("inf"):
+            raise UsageError(f"{name} is {value}, expected at least {least}")
+
+
+def _check_backbone(name: str) -> None:
+    """Raise `UsageError` where timm knows no such model, or no such weights of it (what follows a dot)."""
+    architecture = name.split(".")[0]
+    if timm.is_model(architecture):
+        try:
+            get_pretrained_cfg(name, allow_unregistered=True)
+            return
+        except RuntimeError:
+            known = timm.list_models(f"{architecture}.*", include_tags=True)
+    else:
+        known = timm.list_models()
+    nearest = difflib.get_close_matches(name, known, n=1)
+    suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise UsageError(f"backbone is {name!r}, which timm does not know{suggestion}")
+
+
+INT8_HELP = (
+    "Without a GPU, run the frozen backbone in 8-bit integers: three to four times as fast on processors with VNNI, "
+    "and there scores differ by 0.01 in the mean, single ones by more. Needs the extra export."
+)
 
 
 @dataclass
@@ -74,6 +107,9 @@ class ModelArguments:
             value = getattr(self, name)
             if value is not None and len(value) != 3:
                 raise UsageError(f"{name} has {len(value)} numbers, expected 3, one for each colour channel")
+        if self.image_std is not None and not all(value > 0 for value in self.image_std):  # pixels are divided by it
+            raise UsageError(f"image_std is {self.image_std}, expected numbers above 0")
+        _check_backbone(self.backbone)
         self.to_config(vocab_size=3)  # what is out of range shows before rows are read
 
     def to_config(self, vocab_size: int) -> MagnetoConfig:
@@ -136,13 +172,9 @@ class DataArguments(RowArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.tag_add_ratio < 0:
-            raise UsageError(f"tag_add_ratio is {self.tag_add_ratio}, expected at least 0")
+        _check_at_least(self, tag_add_ratio=0, widget_images=0, shuffle_buffer_size=1)
         if not 0 <= self.tag_drop_ratio <= 1:
             raise UsageError(f"tag_drop_ratio is {self.tag_drop_ratio}, expected a ratio in [0, 1]")
-        for name, lowest in {"widget_images": 0, "shuffle_buffer_size": 1}.items():
-            if getattr(self, name) < lowest:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
 
 
 @dataclass
@@ -168,7 +200,42 @@ POSSIBLE_VALUES = {
     "gradient_checkpointing": ((False,), "the model does not support it"),  # the older name of the same
     "train_sampling_strategy": (("random", "sequential"), "how long a row is shows only when it is in a batch"),
     "hub_strategy": (("end",), "Trainer would upload whatever lies in output_dir, pickles too"),
+    "remove_unused_columns": ((False,), "the collator needs all columns"),
+    "include_for_metrics": ((["inputs"],), "calibration needs to know the tags, and nothing else"),
+    "batch_eval_metrics": ((False,), "metrics are those of a whole split"),
 }
+
+
+# What transformers reads of optim_args, for the optimizers that come with PyTorch or with itself: all else it passes
+# over without a word. weight_decay it reads in vain: that of the option is in force.
+OPTIM_FLAGS = ("nesterov", "centered")
+OPTIM_ARGS = {
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+    "adagrad": ("lr_decay", "eps"),
+    "adamw_torch": (),
+    "adamw_torch_fused": (),
+    "adafactor": (),
+}
+
+
+def _check_optim_args(optim: str, optim_args: str) -> None:
+    """Raise `UsageError` where a name or a value would have no effect."""
+    names = OPTIM_ARGS[optim]
+    for part in optim_args.replace(" ", "").split(","):
+        name, _, value = part.partition("=")
+        if name not in names:
+            expected = f"some of {', '.join(names)}" if names else "none"
+            hint = f"; --{name} is an option" if name in MagnetoTrainingArguments.__dataclass_fields__ else ""
+            raise UsageError(f"optim_args has {name!r} for {optim}, expected {expected}{hint}")
+        if name in OPTIM_FLAGS:
+            if value.lower() not in ("true", "1", "yes", "false", "0", "no"):
+                raise UsageError(f"{name} is {value!r} in optim_args, expected true or false")
+            continue
+        try:
+            float(value)
+        except ValueError:
+            raise UsageError(f"{name} is {value!r} in optim_args, expected a number") from None
 
 
 @dataclass
@@ -204,28 +271,15 @@ class MagnetoTrainingArguments(TrainingArguments):
     )
     backbone_learning_rate: float | None = _option(None, "That of the backbone's trained stages, where it differs.")
     early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better figure.")
-    int8: bool = _option(
-        False,
-        "Without a GPU, run the frozen backbone in 8-bit integers: three to four times as fast on processors with "
-        "VNNI, and there scores differ by 0.01 in the mean, single ones by more. Needs the extra export.",
-    )
+    int8: bool = _option(False, INT8_HELP)
     cached_views: int = _option(
         0, "Run a frozen backbone once over this many augmented views of each photograph, and train from its features."
     )
     feature_cache_dir: str | None = _option(None, "Where they are kept; by default magneto_features in HF_HOME.")
 
     def __post_init__(self):
-        for name in ("learning_rate", "num_train_epochs", "seed"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
-        if self.backbone_learning_rate is not None and not 0 <= self.backbone_learning_rate < float("inf"):
-            raise UsageError(
-                f"backbone_learning_rate is {self.backbone_learning_rate}, expected a number of at least 0"
-            )
-        lowest_values = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "cached_views": 0}
-        for name, lowest in lowest_values.items():
-            if getattr(self, name) < lowest:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
+        _check_at_least(self, learning_rate=0, backbone_learning_rate=0, num_train_epochs=0, seed=0, cached_views=0)
+        _check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, early_stopping_patience=1)
         if self.int8 and self.cached_views:
             raise UsageError("int8 is for the live backbone: what cached_views keeps is computed once anyway")
         for name, (possible, reason) in POSSIBLE_VALUES.items():
@@ -239,6 +293,13 @@ class MagnetoTrainingArguments(TrainingArguments):
         if self.use_cpu:  # TrainingArguments would do the same without a timeout, which it hands on for GPUs alone
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
+        # The default is SGD's; who asks for another optimizer has not asked for it.
+        if self.optim.value in OPTIM_ARGS and self.optim_args and self.optim_args != type(self).optim_args:
+            _check_optim_args(self.optim.value, self.optim_args)
+        if self.early_stopping_patience is not None:  # Trainer would find out when all is ready
+            for name, none in {"eval_strategy": "no", "metric_for_best_model": None}.items():
+                if getattr(self, name) == none:
+                    raise UsageError(f"{name} is {none!r}, expected another with early_stopping_patience")
         if not torch.accelerator.is_available():  # nothing to pin memory for, and PyTorch would warn
             self.dataloader_pin_memory = False
 
@@ -281,11 +342,7 @@ class PredictArguments:
     bf16: bool = _option(
         False, "Compute in bfloat16 where that is safe; for processors quick at it. Scores differ by 0.01."
     )
-    int8: bool = _option(
-        False,
-        "Without a GPU, run the frozen backbone in 8-bit integers: three to four times as fast on processors with "
-        "VNNI, and there scores differ by 0.01 in the mean, single ones by more. Needs the extra export.",
-    )
+    int8: bool = _option(False, INT8_HELP)
     rows_per_part: int = _option(
         1024, "Rows that are written at a time. A killed prediction goes on at the first part that is not there."
     )
@@ -307,10 +364,7 @@ class PredictArguments:
                 raise UsageError(f"--{name} is missing")
         if not self.output_file.endswith(".parquet"):
             raise UsageError(f"output_file is {self.output_file!r}, expected a name that ends in .parquet")
-        lowest_values = {"batch_size": 1, "num_workers": 0, "rows_per_part": 1, "report_images": 0, "seed": 0}
-        for name, lowest in lowest_values.items():
-            if getattr(self, name) is not None and getattr(self, name) < lowest:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected at least {lowest}")
+        _check_at_least(self, batch_size=1, num_workers=0, rows_per_part=1, report_images=0, seed=0)
         if self.streaming and self.engine == "ray":
             raise UsageError("streaming is for --engine accelerate: with ray, each worker reads rows of its own")
         if self.inject_outliers is not None and self.inject_outliers <= 0:
@@ -340,8 +394,7 @@ class ReproductionArguments:
         for name in ("tad_ratio", "outlier_ratio", "pretraining_outlier_ratio"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a ratio above 0")
-        if self.num_parallel_runs < 1:
-            raise UsageError(f"num_parallel_runs is {self.num_parallel_runs}, expected at least 1")
+        _check_at_least(self, num_parallel_runs=1)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -452,7 +505,7 @@ def user_errors_in_one_line(command: str):
     """Ends the process with one line on standard error where the user can put things right."""
     try:
         yield
-    except (UserError, OSError) as error:  # also a full disk, or a folder that cannot be written
+    except (UserError, OSError, SafetensorError) as error:  # also a full disk, or a folder that cannot be written
         # From a data loader's worker comes its whole traceback as the message; what we have to say is the end of it.
         reason = str(error).rpartition(f"{type(error).__name__}: ")[2]
         print(f"{command}: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """ImageNet weights for the backbone of a new training run."""
 
-import difflib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,15 +22,7 @@ WAYS_OUT = (
 
 
 def resolve_normalization(model_args: ModelArguments) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the colour channels: the arguments', or what timm names for the backbone.
-
-    Raises:
-        UserError: timm has no such backbone.
-    """
-    if not timm.is_model(model_args.backbone.split(".")[0]):
-        nearest = difflib.get_close_matches(model_args.backbone, timm.list_models(), n=1)
-        suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise UserError(f"backbone is {model_args.backbone!r}, which timm does not know{suggestion}")
+    """Mean and standard deviation of the colour channels: the arguments', or what timm names for the backbone."""
     pretrained = get_pretrained_cfg(model_args.backbone, allow_unregistered=True)
     mean, std = (pretrained.mean, pretrained.std) if pretrained else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return model_args.image_mean or mean, model_args.image_std or std

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,8 @@ from modeling_magneto.loss_magneto import IGNORED_LABEL, OBJECTIVES
 from modeling_magneto.modeling_magneto import MagnetoCalibration
 from modeling_magneto.selection_magneto import PAPER_RULE, SelectionRule, select
 
-from .arguments import UsageError, UserError, user_errors_in_one_line
+from .arguments import CommandParser, UserError, user_errors_in_one_line
+from .whole_file import whole_file
 
 THRESHOLD = 0.5
 NUM_BINS = 15  # of the calibration error
@@ -100,9 +100,14 @@ def compute_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[s
     Args:
         prediction: The arrays of `output_names(config)`, each (images, L), and labels (images, L), padded with -100.
         config: The model's.
+
+    Raises:
+        UserError: The training has diverged: an output is not finite.
     """
     arrays = dict(zip(output_names(config), prediction.predictions, strict=True))
     labels = prediction.label_ids
+    for name, values in arrays.items():
+        _check_finite(name, values[labels != IGNORED_LABEL])
     results = _evaluate_rule(arrays, labels, PAPER_RULE)
     if config.streams == "both":
         objective = OBJECTIVES[config.objective]
@@ -194,8 +199,7 @@ def compute_detection_metrics(prediction: EvalPrediction, config: MagnetoConfig)
     flag_all_f1 = binary_f1_score(torch.ones_like(outlier), outlier)
     results = {"flag_all_f1": 100 * flag_all_f1.item(), "num_images": len(real)}
     for name, logits in zip(names, arrays, strict=True):
-        if not np.isfinite(logits[real]).all():
-            raise UserError(f"the training has diverged: {name} are not finite; expected a smaller learning_rate")
+        _check_finite(name, logits[real])
         stream, suspicion = name.removesuffix("_logits"), 1 - torch.from_numpy(_sigmoid(logits[real]))
         f1 = binary_f1_score((suspicion > 1 - THRESHOLD).int(), outlier)
         results[f"{stream}_f1"] = 100 * f1.item()
@@ -247,9 +251,8 @@ def _percentages(figures: dict[str, float], prefix: str) -> list[str]:
 
 def write_metrics(path: Path, metrics: dict) -> None:
     """Write metrics as a JSON file that is there whole or not at all; what is undefined (nan) becomes null."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_without_nan(metrics), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(_without_nan(metrics), indent=2) + "\n", encoding="utf-8")
 
 
 def _read_metrics(path: Path) -> dict[str, float]:
@@ -269,6 +272,11 @@ def _without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _check_finite(name: str, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise UserError(f"the training has diverged: {name} are not finite; expected a smaller learning_rate")
+
+
 def _evaluate_rule(outputs: dict[str, np.ndarray], labels: np.ndarray, rule: SelectionRule) -> dict[str, float]:
     """`evaluate_selection` of what a rule selects by each of the logits (images, L)."""
     mask = torch.from_numpy(labels != IGNORED_LABEL)
@@ -285,11 +293,12 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Print the metrics files of several models as one table: python -m magneto_training.evaluation FILE ..."""
-    files = [Path(argument) for argument in sys.argv[1:]]
+    parser = CommandParser(
+        "python -m magneto_training.evaluation", description="The metrics files of several models as one table"
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help="the metrics that predict.py has written")
     with user_errors_in_one_line("evaluation"):
-        if not files:
-            raise UsageError("no metrics file given, expected at least one")
+        files = parser.parse_args().files
         metrics = {path.name.removesuffix(".metrics.json"): _read_metrics(path) for path in files}
         print(format_metrics(metrics))
 

@@ -1,6 +1,5 @@
 """A trained model as ONNX, for ONNX Runtime: python -m magneto_training.export DIR --format onnx"""
 
-import importlib.util
 import shutil
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
 from .arguments import CommandParser, UsageError, UserError, user_errors_in_one_line
 from .evaluation import output_names
 from .prediction import load_model
+from .quantized_backbone import check_onnx_packages
 
 TOLERANCE = 1e-4
 # Images and tags; of one image or one tag an exporter may wrongly make a constant.
@@ -38,9 +38,7 @@ def export_onnx(model: MagnetoForTagSummarization, output_file: Path) -> float:
         UserError: A package is missing, or ONNX Runtime's outputs differ from PyTorch's by more than `TOLERANCE`;
             nothing is written then.
     """
-    for package in ("onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"the package {package} is missing, expected what pip install -e '.[export]' installs")
+    check_onnx_packages("ONNX")
     inputs = _example_inputs(model.config, *EXPORTED_SHAPE)
     with warnings.catch_warnings():  # several inputs share their axes, as they should
         warnings.filterwarnings("ignore", message=".*axis name: .* will not be used")

@@ -39,6 +39,7 @@ from .augmentation import ImageAugmentation, example_seed
 from .frozen_backbone import FrozenBackbone
 from .photographs import PhotographReader, undecoded
 from .tag_data import DataError
+from .whole_file import whole_file
 
 FORMAT = 4  # a change of this file, of photographs.py or frozen_backbone.py that changes what is stored makes it 5
 ROWS_PER_FILE = 2048
@@ -229,13 +230,11 @@ class _Builder:
                 with FileLock(f"{path}.lock"):  # another run may be at the same file
                     if not path.exists():
                         features = self._features(view, number, progress, backbone)
-                        partial = path.with_suffix(".partial")
                         try:
-                            save_file({"features": features}, partial)
+                            with whole_file(path) as partial:
+                                save_file({"features": features}, partial)
                         except (OSError, SafetensorError) as error:
-                            partial.unlink(missing_ok=True)
                             raise UserError(f"the feature cache {path} cannot be written: {error}") from None
-                        partial.replace(path)
 
     def _row_numbers(self, number: int) -> range:
         return range(number * ROWS_PER_FILE, min(len(self.rows), (number + 1) * ROWS_PER_FILE))

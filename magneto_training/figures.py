@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .whole_file import whole_file
+
 FINAL, TAG, IMAGE = {"color": "C0"}, {"color": "C1"}, {"color": "C2"}
 OTHER, REFERENCE = {"color": "0.35"}, {"color": "0.35", "linestyle": "--", "marker": ""}
 # Title, label of the vertical axis, and the curves: a key of the log history, what to call it, its style.
@@ -115,6 +117,5 @@ def plot_curves(axes: Axes, histories: Sequence[list[dict[str, float]]], key: st
 
 def save_figure(figure: Figure, file: Path) -> None:
     """Write a figure as a PNG that is there whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(file)
+    with whole_file(file) as partial:
+        figure.savefig(partial, format="png", dpi=120)

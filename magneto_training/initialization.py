@@ -31,6 +31,12 @@ def new_model(
         return model_class(config)
     except (ValueError, TypeError, RuntimeError) as error:  # ours, and timm's of backbone_kwargs
         raise UserError(" ".join(str(error).split())) from error
+    except (AttributeError, LookupError, AssertionError) as error:
+        if not config.backbone_kwargs:  # a mistake of our own
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        found = f"backbone_kwargs is {config.backbone_kwargs}, which the backbone {config.backbone!r} does not take"
+        raise UserError(f"{found} ({reason})") from error
 
 
 def initialize_model(
@@ -61,14 +67,23 @@ def load_source(folder: str) -> tuple[MagnetoPreTrainedModel, MagnetoProcessor]:
     """A trained MAGNeto of any kind and its processor, from a folder or the Hub.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or its weights are not all there.
     """
     try:
-        model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        # What is missing or has another shape, transformers makes up, and warns; we refuse it below, by name.
+        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+        processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"the model {folder!r} cannot be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(model, MagnetoPreTrainedModel):
         raise UserError(f"{folder!r} holds a {type(model).__name__}, expected a MAGNeto model")
+    for problem, names in {
+        "lacks tensors": loading["missing_keys"],
+        "has tensors of another shape": {name for name, *_ in loading["mismatched_keys"]},
+    }.items():
+        if names:
+            found = f"{problem}: {len(names)}, the first is {min(names)}"
+            raise UserError(f"the model {folder!r} {found}; expected what its config.json says")
     return model, processor
 
 
@@ -127,7 +142,8 @@ def init_tag_vectors(model: MagnetoPreTrainedModel, processor: MagnetoProcessor,
         model: A newly made model; changed in place.
         processor: The new model's.
         file: Lines of a word and its numbers, separated by blanks; a first line of two numbers, as word2vec writes it,
-            is passed over; may be gzipped (`.gz`).
+            is passed over, and the next says how many numbers there are, so later words may have blanks in them; may
+            be gzipped (`.gz`).
         seed: Of the projection.
 
     Returns:
@@ -165,7 +181,7 @@ def _read_vectors(path: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
     vectors: dict[str, torch.Tensor] = {}
     width = None
     for number, line in enumerate(_read_lines(path), 1):
-        word, *numbers = line.rstrip().split(" ")
+        word, *numbers = line.rstrip().rsplit(" ", width or -1)  # GloVe has words with blanks in them, as ". . ."
         if number == 1 and len(numbers) == 1 and word.isdigit() and numbers[0].isdigit():
             continue
         width = width or len(numbers)

@@ -4,12 +4,11 @@ Decoded, a photograph of 24 million pixels takes 72 MB: a batch of them, in each
 machine's memory.
 """
 
-import contextlib
 import errno
 import io
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import datasets
 import torch
@@ -17,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from modeling_magneto.processing_magneto import upright_rgb
+from modeling_magneto.processing_magneto import MAX_ASPECT_RATIO, upright_rgb
 
 from .augmentation import ImageAugmentation
 
@@ -25,6 +24,7 @@ from .augmentation import ImageAugmentation
 ERRORS_OF_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 PIXELS_AT_A_TIME = 4_000_000  # at least, that are decoded together
 UNREADABLE = "an unreadable photograph"
+TOO_THIN = f"a photograph more than {MAX_ASPECT_RATIO} times as long as it is wide"
 TOO_LARGE = f"a photograph of more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
 
 
@@ -45,9 +45,7 @@ class PhotographReader:
         self.image_processor = image_processor
         self.augmentation = augmentation
 
-    def __call__(
-        self, images: Sequence[dict | Image.Image | None], seeds: Sequence[int] | None = None
-    ) -> list[torch.Tensor | None]:
+    def __call__(self, images: Sequence[dict | None], seeds: Sequence[int] | None = None) -> list[torch.Tensor | None]:
         """Read some photographs, by their seeds where they are augmented.
 
         Args:
@@ -86,27 +84,21 @@ class PhotographReader:
         return dict(zip(decoded, pixel_values, strict=True))
 
 
-def read_photograph(image: dict | Image.Image | None, shortest_side: int | None = None) -> Image.Image | None:
+def read_photograph(image: dict | None, shortest_side: int | None = None) -> Image.Image | None:
     """Decode a photograph, upright and in RGB; none where it cannot be read.
 
     Args:
-        image: `bytes`, or else `path`, as `datasets` leaves photographs undecoded, or one that it has decoded.
+        image: `bytes`, or else `path`, as `datasets` leaves photographs undecoded.
         shortest_side: A JPEG may be decoded at a half, a quarter or an eighth of its size, which is much quicker,
             where at least this many pixels stay on its shortest side.
 
     Raises:
         OSError: It is not the photograph that is at fault, but the disk or the network.
     """
-    if isinstance(image, Image.Image):
-        return upright_rgb(image)
-    with _faults_of_photographs([]):
-        if shortest_side is None:
-            return upright_rgb(datasets.Image().decode_example(image))
-        with _open(image) as opened:
-            opened.draft(None, (shortest_side, shortest_side))  # of no effect on other formats
-            opened.load()
-            return upright_rgb(opened)
-    return None
+    try:
+        return _decode(image, shortest_side)
+    except _UnreadablePhotograph:
+        return None
 
 
 def find_photograph_problem(image: dict | None) -> str | None:
@@ -115,31 +107,44 @@ def find_photograph_problem(image: dict | None) -> str | None:
     Raises:
         OSError: As `read_photograph`.
     """
-    problems = []
-    with _faults_of_photographs(problems), _open(image) as opened:
-        opened.draft("RGB", (64, 64))  # a truncated file shows at any scale, and a small one is quick
-        opened.load()
-    return problems[0] if problems else None
+    try:
+        _decode(image, shortest_side=64)  # a truncated file shows at any scale, and a small one is quick
+    except _UnreadablePhotograph as problem:
+        return str(problem)
+    return None
 
 
-def _open(image: dict | None) -> Image.Image:
-    if image is None:
-        raise ValueError("there is none")
-    return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+class _UnreadablePhotograph(Exception):
+    """The message says what is wrong, as a `RowReport` has it."""
 
 
-@contextlib.contextmanager
-def _faults_of_photographs(problems: list[str]) -> Iterator[None]:
-    """Puts down what is wrong with a photograph, out of all that the libraries raise of one, and goes on behind it."""
+def _decode(image: dict | None, shortest_side: int | None) -> Image.Image:
+    """As `read_photograph`; all that the libraries raise of a photograph becomes `_UnreadablePhotograph`."""
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        raise _UnreadablePhotograph(UNREADABLE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half as many pixels as the error
-            yield
+            with _open(image) as opened:
+                if max(opened.size) > MAX_ASPECT_RATIO * min(opened.size):
+                    raise _UnreadablePhotograph(TOO_THIN)
+                if shortest_side is not None:
+                    opened.draft(None, (shortest_side, shortest_side))  # of no effect on other formats
+                opened.load()
+                return upright_rgb(opened)
     except Image.DecompressionBombError:
-        problems.append(TOO_LARGE)
+        raise _UnreadablePhotograph(TOO_LARGE) from None
     except OSError as error:
         if error.errno not in (None, *ERRORS_OF_A_PATH):  # of what is in a file, Pillow says it without a number
             raise
-        problems.append(UNREADABLE)
-    except (ValueError, SyntaxError, TypeError, struct.error):
-        problems.append(UNREADABLE)
+        raise _UnreadablePhotograph(UNREADABLE) from None
+    except (ValueError, SyntaxError, TypeError, struct.error, RuntimeError):  # the last one of an AVIF
+        raise _UnreadablePhotograph(UNREADABLE) from None
+
+
+def _open(image: dict) -> Image.Image:
+    if image["bytes"] is not None:
+        return Image.open(io.BytesIO(image["bytes"]))
+    if "://" in image["path"]:  # in an archive or on the Hub, as in streamed image folders; comes whole
+        return datasets.Image().decode_example(image)
+    return Image.open(image["path"])

@@ -67,9 +67,16 @@ def check_int8(device: torch.device, is_trained: bool) -> None:
     if device.type != "cpu" or is_trained:
         found = "a GPU" if device.type != "cpu" else "a backbone that is trained"
         raise UsageError(f"int8 is for a frozen backbone on a CPU, found {found}")
+    check_onnx_packages("int8")
+
+
+def check_onnx_packages(purpose: str) -> None:
+    """Raise `UserError` where a package that writes or runs ONNX models is missing, saying what it was needed for."""
     for package in ("onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"int8 needs the package {package}, expected what pip install -e '.[export]' installs")
+            raise UserError(
+                f"{purpose} needs the package {package}, expected what pip install -e '.[export]' installs"
+            )
 
 
 def backbone_for_workers(
@@ -111,8 +118,7 @@ def _first_photographs(rows: Dataset | IterableDataset, processor: MagnetoProces
 
 def _quantize(backbone: FrozenBackbone, photographs: Iterable[torch.Tensor]) -> bytes:
     """The backbone as an ONNX model of 8-bit integers, compared with the exact one on the first batch."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quant_pre_process, quantize_static
 
     class Reader(CalibrationDataReader):
         def __init__(self):

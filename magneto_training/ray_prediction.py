@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from .arguments import PredictArguments, UsageError, UserError
 from .frozen_backbone import FrozenBackbone
-from .prediction import load_model, load_prediction_split, missing_parts, part_ranges, predict_parts, rows_for_model
+from .prediction import load_model, load_prediction_split, rows_for_model
+from .prediction_parts import missing_parts, part_ranges, predict_parts
 from .quantized_backbone import QuantizedBackbone, backbone_for_workers
 
 TASKS_PER_WORKER = 32  # a task may be several parts; few enough that handing them out costs nothing
@@ -39,7 +40,8 @@ class _Worker:
 
     def __call__(self, batch: dict) -> dict:
         # After the loss of a machine Ray does a task again, with the parts that had been made.
-        parts = missing_parts(map(range, batch["start"].tolist(), batch["stop"].tolist()), self.args)
+        missing = missing_parts(map(range, batch["start"].tolist(), batch["stop"].tolist()), self.args)
+        parts = [(part, self.rows) for part in missing]
         try:
             for _ in predict_parts(self.model, self.processor, self.rows, parts, self.args, self.backbone):
                 pass

@@ -20,7 +20,9 @@ from modeling_magneto.processing_magneto import normalize_tag
 from .arguments import PredictArguments
 from .evaluation import format_metrics
 from .photographs import read_photograph, undecoded
-from .prediction import predict_batches, read_skipped, rows_for_model
+from .prediction import predict_batches, rows_for_model
+from .prediction_parts import read_skipped
+from .whole_file import whole_file
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 PHOTOGRAPH_SIZE = 256
@@ -78,9 +80,8 @@ def write_report(
         has_gate=model.config.streams == "both",
     )
     report_file = prediction_file.with_name("report.html")
-    partial = report_file.with_name(report_file.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(report_file)
+    with whole_file(report_file) as partial:
+        partial.write_text(page, encoding="utf-8")
     return report_file
 
 

@@ -1,9 +1,5 @@
-"""A server for one model, as Hugging Face's Inference Endpoints run it.
+"""A server for one model, as Hugging Face's Inference Endpoints run it: python -m magneto_training.serve DIR"""
 
-python -m magneto_training.serve MODEL_DIR [--host 127.0.0.1] [--port 8000]
-"""
-
-import argparse
 import asyncio
 import base64
 import importlib.util
@@ -14,16 +10,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from .arguments import UserError, user_errors_in_one_line
+from .arguments import CommandParser, UsageError, UserError, user_errors_in_one_line
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    with user_errors_in_one_line("serve"):
+        raise UserError(f'the server needs the extra "serve": pip install -e ".[serve]" ({error})') from None
 
 MAX_BODY_BYTES = 32 * 2**20  # the handler's largest photograph as base64 text, and room for the rest
 MAX_REQUESTS = 40  # whose bodies are held at a time, one for each thread of Starlette's pool
@@ -131,14 +134,16 @@ def _error(status: int, reason: str) -> JSONResponse:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="serve", description="Serve a trained model.")
-    parser.add_argument("model_dir", help="A folder that train.py has written.")
-    parser.add_argument("--host", default="127.0.0.1", help="The address to listen at (default: this machine only).")
-    parser.add_argument("--port", type=int, default=8000)
-    args = parser.parse_args()
-    uvicorn.run(create_app(load_handler(args.model_dir)), host=args.host, port=args.port)
+    parser = CommandParser("python -m magneto_training.serve", description=__doc__.partition(":")[0])
+    parser.add_argument("model_dir", metavar="DIR", help="a trained folder")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at, by default this machine only")
+    parser.add_argument("--port", type=int, default=8000, help="by default 8000")
+    with user_errors_in_one_line("serve"):
+        args = parser.parse_args()
+        if not 0 <= args.port < 2**16:  # uvicorn would find out by a traceback, when the model is loaded
+            raise UsageError(f"port is {args.port}, expected at most {2**16 - 1}, or 0 for any that is free")
+        uvicorn.run(create_app(load_handler(args.model_dir)), host=args.host, port=args.port)
 
 
 if __name__ == "__main__":
-    with user_errors_in_one_line("serve"):
-        main()
+    main()

@@ -1,13 +1,14 @@
-"""Training rows from a stream: read anew in every epoch, from Parquet files here or on the Hub, without a copy.
+"""Rows from a stream, for training: read anew in every epoch, from Parquet files here or on the Hub, without a copy.
 
 A stream has no index, so the data loader hands its workers rows in place of indices: each process reads the files and
 shuffles in one place, undecoded, and its workers decode and augment. The order, and with it every batch, is then the
 same for any number of workers and processes, and no row is lost or doubled on the way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import datasets
 import pyarrow as pa
@@ -17,7 +18,7 @@ from datasets import Dataset, IterableDataset
 
 from modeling_magneto.loss_magneto import IGNORED_LABEL
 
-from .arguments import DataArguments, MagnetoTrainingArguments, UsageError
+from .arguments import DataArguments, MagnetoTrainingArguments, UsageError, UserError
 from .augmentation import example_seed
 from .collation import TagCollator
 from .photographs import undecoded
@@ -34,6 +35,27 @@ from .tag_data import (
 )
 
 LABEL_COLUMNS = ["item_id", "tags", "important_tags"]
+Rows = TypeVar("Rows")
+
+
+def read_stream(rows: Iterable[Rows], name: str) -> Iterator[Rows]:
+    """What a stream yields, rows or tables.
+
+    Args:
+        rows: The stream; its photographs undecoded.
+        name: The dataset, for messages.
+
+    Raises:
+        DataError: It cannot be read: a file is damaged or gone, or the network is.
+    """
+    try:
+        yield from rows
+    except UserError:
+        raise
+    except Exception as error:  # of many libraries, as in `load_tag_dataset`, and none knows the dataset
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        raise DataError(f"{name}: the rows cannot be read: {type(cause).__name__}: {reason}") from error
 
 
 def check_streaming(data_args: DataArguments, training_args: MagnetoTrainingArguments) -> None:
@@ -70,7 +92,8 @@ def load_streamed_splits(data_args: DataArguments, use_images: bool) -> tuple[St
     The tags of the training split are read and checked once, here; its photographs are not.
 
     Raises:
-        DataError: A split or column is missing, a row is bad, or the dataset does not consist of Parquet files.
+        DataError: A split or column is missing, a row is bad, or the dataset does not consist of Parquet files, or
+            they cannot be read.
     """
 
     def load(columns: list[str] | None = None) -> dict[str, IterableDataset]:
@@ -95,14 +118,14 @@ def load_streamed_splits(data_args: DataArguments, use_images: bool) -> tuple[St
         del wanted["test"]
     evaluated = {}
     for role, split in wanted.items():
-        kept = {split: _in_memory(find_split(streams, split, data_args))}
+        kept = {split: _in_memory(find_split(streams, split, data_args), f"{data_args.dataset_name}, {split}")}
         evaluated[role] = load_split(kept, split, data_args, use_images, use_labels=True)
     return train, evaluated
 
 
 def _checked_tables(rows: IterableDataset, report: RowReport) -> Iterator[pa.Table]:
     """The good rows, a table at a time; the report grows with them."""
-    for table in rows.with_format("arrow").iter(batch_size=10_000):
+    for table in read_stream(rows.with_format("arrow").iter(batch_size=10_000), report.name):
         checked = find_problems(table, allow_unlabeled=False)
         report.add(report.num_rows, checked)
         report.num_rows += len(table)
@@ -113,9 +136,9 @@ def _are_good(rows: pa.Table) -> pa.ChunkedArray:
     return pc.is_null(find_problems(rows.select(LABEL_COLUMNS), allow_unlabeled=False)["problem"])
 
 
-def _in_memory(rows: IterableDataset) -> Dataset:
+def _in_memory(rows: IterableDataset, name: str) -> Dataset:
     """All rows, their photographs as they lie in the files; decoded when they are looked at."""
-    tables = list(rows.with_format("arrow").iter(batch_size=1000))
+    tables = list(read_stream(rows.with_format("arrow").iter(batch_size=1000), name))
     info = datasets.DatasetInfo(features=rows.features)
     kept = Dataset(pa.concat_tables(tables), info=info) if tables else Dataset.from_dict({}, rows.features)
     return kept.cast_column("image", datasets.Image()) if "image" in kept.features else kept
@@ -149,8 +172,12 @@ class StreamedDataset(torch.utils.data.Dataset):
         self._rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict]:
-        """The rows in the order of this epoch, each with its `index` in it and its `seed`."""
-        for index, row in enumerate(self._rows):
+        """The rows in the order of this epoch, each with its `index` in it and its `seed`.
+
+        Raises:
+            DataError: As `read_stream`.
+        """
+        for index, row in enumerate(read_stream(self._rows, self.split.name)):
             yield {**row, "index": index, "seed": example_seed(self.seed, self.epoch, index)}
 
     def leave_out(self, item_ids: list[str]) -> None:
@@ -225,7 +252,7 @@ class StreamedCollator:
     picture without a label that counts: the step is taken, since other processes wait for it, with a gradient of zero.
 
     Args:
-        collate: Rows with decoded photographs to tensors, augmented.
+        collate: Undecoded rows to tensors, augmented.
     """
 
     def __init__(self, collate: TagCollator):

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedConfig, Trainer
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedConfig, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoPreTrainedModel, MagnetoProcessor
 
 from .arguments import MagnetoTrainingArguments, ModelArguments, UsageError, UserError
+from .collation import AugmentedDataset
 from .publish import files_to_publish, hub_errors, publish
 from .quantized_backbone import check_int8
 from .streaming import StreamedBatches, StreamedDataset
@@ -24,6 +25,19 @@ LOGGED_LOSSES = ("final_loss", "tag_loss", "image_loss")
 HUB_FILES = Path(__file__).parent.parent / "hub"
 # Trainer's own bookkeeping, of no interest beside a split's metrics.
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
+
+
+class EpochCallback(TrainerCallback):
+    """Tells training rows which epoch begins, on which their random changes depend.
+
+    The data loader tells them too, but not where it shares its batches with other processes, or skips some to resume.
+    """
+
+    def __init__(self, dataset: AugmentedDataset | StreamedDataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int(state.epoch))
 
 
 class MagnetoTrainer(Trainer):
@@ -43,7 +57,7 @@ class MagnetoTrainer(Trainer):
         model: MagnetoPreTrainedModel,
         args: MagnetoTrainingArguments,
         processor: MagnetoProcessor,
-        train_dataset: Dataset,
+        train_dataset: AugmentedDataset | StreamedDataset,
         eval_dataset: Dataset,
         train_collator: Callable[[list[dict]], dict],
         eval_collator: Callable[[list[dict]], dict],
@@ -51,7 +65,7 @@ class MagnetoTrainer(Trainer):
     ):
         self.train_collator = train_collator
         self.eval_collator = eval_collator
-        callbacks = []
+        callbacks = [EpochCallback(train_dataset)]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(
@@ -97,6 +111,10 @@ class MagnetoTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         self.data_collator = self.eval_collator
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        self.data_collator = self.eval_collator
+        return super().get_test_dataloader(test_dataset)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -182,12 +200,8 @@ class MagnetoTrainer(Trainer):
             files = files_to_publish(Path(self.args.output_dir), self.hub_model_id, widget_rows)
             publish(files, self.hub_model_id, self.args.hub_private_repo, self.args.hub_token, self.args.hub_revision)
 
-    def evaluate_split(self, name: str, dataset) -> dict[str, float]:
-        """Metrics of a split, without prefix and timings."""
-        return self.predict_split(name, dataset)[0]
-
-    def predict_split(self, name: str, dataset) -> tuple[dict[str, float], EvalPrediction]:
-        """As `evaluate_split`, and the arrays behind it: outputs, labels, and as inputs the indices of the tags."""
+    def predict_split(self, name: str, dataset: Dataset) -> tuple[dict[str, float], EvalPrediction]:
+        """Metrics of a split, and the arrays behind them: outputs, labels, and as inputs the indices of the tags."""
         compute_metrics, predictions = self.compute_metrics, []
 
         def keep_and_compute(prediction: EvalPrediction) -> dict[str, float]:
@@ -195,8 +209,7 @@ class MagnetoTrainer(Trainer):
             return compute_metrics(prediction)
 
         self.compute_metrics = keep_and_compute
-        self._eval_dataloaders = {}  # with persistent workers, Trainer would take the loader of another split
-        metrics = self.evaluate(dataset, metric_key_prefix=name)
+        metrics = self.predict(dataset, metric_key_prefix=name).metrics
         self.compute_metrics = compute_metrics
         metrics = {key.removeprefix(f"{name}_"): value for key, value in metrics.items() if key.startswith(f"{name}_")}
         return {key: value for key, value in metrics.items() if key not in TIMINGS}, predictions[0]

@@ -59,7 +59,8 @@ class MagnetoOutput(ModelOutput):
 
     Args:
         loss: Scalar; the sum that is trained on, with `labels` only.
-        logits: (B, L), final output O_Final (equation 1); for a single stream, that stream's. None without a gate.
+        logits: (B, L), final output O_Final (equation 1); for a single stream, that stream's. None for outlier
+            detection.
         tag_logits: (B, L), output O_t of the tag stream, or None.
         image_logits: (B, L), output O_it of the image stream, or None.
         gate: (B, L), alpha in [0, 1]: the weight of the image stream; only with both streams.
@@ -133,7 +134,7 @@ class MagnetoDropout(nn.Module):
         self.num_kept = max(1, round(2**16 * (1 - config.dropout)))  # of 2^16 numbers
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if not self.training or states.device.type != "cpu":
+        if not self.training or states.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(states, self.probability, self.training)
         numbers = torch.empty((states.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         numbers = numbers.view(torch.int16)[: states.numel()].view(states.shape)

@@ -13,7 +13,7 @@ from transformers import Pipeline
 from transformers.image_utils import is_valid_image, load_image
 from transformers.utils import ModelOutput
 
-from .processing_magneto import normalize_tags
+from .processing_magneto import normalize_tags, upright_rgb
 
 
 class TagSummarizationPipeline(Pipeline):
@@ -43,7 +43,7 @@ class TagSummarizationPipeline(Pipeline):
             candidate_labels: The tags: a list for one photograph, or for all of them; or, for a list of photographs,
                 as many lists. Spelled as they like; duplicates count once. A mapping's own tags take precedence.
             selection, threshold, top_k: The rule that selects tags, as in `MagnetoProcessor.post_process`; by
-                default the one that is stored with the processor.
+                default the one that the pipeline was made with, or else that is stored with the processor.
             return_attention: Say for each tag where the model looked, and whether it trusted what it saw.
             timeout: Seconds to wait for the server of a URL; by default for ever.
             batch_size: Photographs a step; scores do not depend on it.
@@ -103,7 +103,8 @@ class TagSummarizationPipeline(Pipeline):
         preprocessing = {name: value for name, value in preprocessing.items() if value is not None}
         attention = {} if return_attention is None else {"return_attention": return_attention}
         rule = {"selection": selection, "threshold": threshold, "top_k": top_k}
-        rule = {name: value for name, value in rule.items() if value is not None}
+        if all(value is None for value in rule.values()):
+            rule = {}  # otherwise a call's takes the place of the pipeline's as a whole
         return preprocessing, attention, {**attention, **rule}
 
     def preprocess(
@@ -160,9 +161,11 @@ def _is_nested(candidate_labels: Any) -> bool:
 def _load_photograph(image: Any, timeout: float | None) -> Image.Image:
     """Upright, in RGB."""
     try:
-        if isinstance(image, bytes):
-            image = Image.open(BytesIO(image))
-        return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image, timeout)
+        if isinstance(image, str) and not os.path.isfile(image):  # an address, or base64
+            return load_image(image, timeout)
+        if not isinstance(image, Image.Image):
+            image = Image.open(BytesIO(image) if isinstance(image, bytes) else image)
+        return upright_rgb(image)
     except Exception as error:  # a file, a download, base64, and each of Pillow's decoders fail in their own way
         found = repr(image[:60]) if isinstance(image, (str, bytes)) else f"of type {type(image).__name__}"
         raise ValueError(

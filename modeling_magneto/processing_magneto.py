@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import BatchFeature, CLIPImageProcessor, PreTrainedTokenizerFast, ProcessorMixin
@@ -22,6 +22,17 @@ from .selection_magneto import PAPER_RULE, SelectionRule, find_rule, select
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 IGNORED_LABEL = -100  # as in loss_magneto, which this file must not import
+MAX_ASPECT_RATIO = 50  # the short side is scaled to the model's size: a line of pixels would become a huge picture
+# How a photograph is turned upright, by the orientation in its EXIF data.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def normalize_tag(tag: str) -> str:
@@ -61,12 +72,18 @@ def normalize_tags(tags: Iterable[str]) -> list[str]:
 
 
 def upright_rgb(photograph: Image.Image) -> Image.Image:
-    """A photograph in RGB, and turned as its camera was held, as `datasets` and pipelines read photographs too."""
+    """A photograph in RGB, and turned as its camera was held."""
+    photograph.load()  # before its EXIF data, which may stand behind the pixels
     if photograph.mode.startswith("I;16") or (photograph.mode == "I" and photograph.format in ("PNG", "PPM")):
         # 16-bit grey, of which `convert("RGB")` would make everything white.
         photograph = photograph.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
-    if photograph.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        photograph = ImageOps.exif_transpose(photograph)
+    try:
+        turn = TURNS.get(photograph.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # broken EXIF data, whose errors are of many kinds, are no fault of the pixels
+        turn = None
+    if turn is not None:  # `ImageOps.exif_transpose` would write all EXIF data anew, and fail where it cannot
+        photograph = photograph.transpose(turn)
+        photograph.info = {}  # where the orientation stood: whoever looks again must not turn it once more
     return photograph if photograph.mode == "RGB" else photograph.convert("RGB")
 
 
@@ -202,6 +219,12 @@ class MagnetoProcessor(ProcessorMixin):
         if len(images) != expected:
             raise ValueError(f"found {len(images)} photographs for {expected} lists of tags, expected as many")
         images = [upright_rgb(image) if isinstance(image, Image.Image) else image for image in images]
+        for image in images:
+            if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                raise ValueError(
+                    f"a photograph has {image.width} x {image.height} pixels, "
+                    f"expected sides of at most 1 : {MAX_ASPECT_RATIO}"
+                )
         return self.image_processor(images, return_tensors="pt", **images_kwargs)["pixel_values"]
 
     def _labels(self, tags, important_tags, truncation: bool, shape: torch.Size) -> torch.Tensor:
@@ -264,7 +287,7 @@ class MagnetoProcessor(ProcessorMixin):
             tags: B lists of at most L tags, normalised.
             selection: A rule's name, `"threshold"`, `"top_k"` or `"expected_f1"`, to use in place of the stored rule.
             threshold: The threshold to use, in place of the stored rule; in [0, 1].
-            top_k: Choose this many tags, in place of the stored rule; at least 1.
+            top_k: Choose this many tags, in place of the stored rule; at least 1, and not together with `threshold`.
 
         Returns:
             (B, L) bool, on the CPU, true for the chosen tags.

@@ -94,14 +94,17 @@ def find_rule(
         stored: Fields of a `SelectionRule`.
         selection: The name of another rule; by default the one that `top_k` or `threshold` belongs to.
         threshold: In [0, 1]; 0.5 where another rule is named without it.
-        top_k: At least 1; wins over `threshold`.
+        top_k: At least 1; not together with `threshold`.
 
     Raises:
-        ValueError: A field is wrong, or does not belong to the rule that is named.
+        ValueError: A field is wrong, or does not belong to the rule that is named; or both `threshold` and `top_k` are
+            given.
     """
     if selection is None and threshold is None and top_k is None:
         return SelectionRule.from_dict(stored)
     if selection is None:
+        if threshold is not None and top_k is not None:
+            raise ValueError(f"threshold is {threshold!r} and top_k is {top_k!r}, expected only one of them")
         selection = "threshold" if top_k is None else "top_k"
     elif threshold is not None and selection != "threshold":
         raise ValueError(f"threshold is {threshold!r}, but the rule is {selection!r}")

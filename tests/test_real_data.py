@@ -10,6 +10,7 @@ import torch
 from magneto_training.backbone import prepare_backbone
 from magneto_training.collation import TagCollator
 from magneto_training.evaluation import evaluate_selection
+from magneto_training.photographs import undecoded
 from magneto_training.tag_data import build_vocabulary, check_rows, load_tag_dataset
 from modeling_magneto import MagnetoConfig, MagnetoModel, MagnetoProcessor
 
@@ -50,7 +51,7 @@ def test_real_photographs_have_the_features_that_timm_gives_them(mirflickr):
         "mobilenetv2_100", pretrained=True, pretrained_cfg_overlay={"file": file}, **kwargs
     ).eval()
 
-    batch = TagCollator(processor)([mirflickr["validation"][index] for index in range(8)])
+    batch = TagCollator(processor)(undecoded(mirflickr["validation"].select(range(8))).to_list())
     with torch.no_grad():
         expected = reference.forward_features(batch["pixel_values"])
         found = model.image_feature_extractor.backbone.forward_features(batch["pixel_values"])

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_alone
 from PIL import Image
 from small_endpoint import as_base64, as_bytes, bomb, load_module, photograph, save_model
@@ -118,6 +119,26 @@ def test_requests_that_come_while_the_model_is_busy_share_a_batch(handler, summa
         assert_same(answer, alone)
 
 
+@pytest.mark.parametrize("streams", ["both", "tag"])
+def test_a_shared_batch_is_what_the_processor_makes_of_all_requests(tmp_path, streams):
+    folder = save_model(tmp_path / "model", streams)
+    handler = load_module(folder).EndpointHandler(str(folder))
+    photographs = [photograph(seed, size=(50 + 9 * seed, 80)) for seed in range(3)]
+    labels = [["red"], ["blue", "green", "sea"], ["sky", "red"]]
+    requests = [
+        handler.pipeline.preprocess({"image": image, "candidate_labels": tags})
+        for image, tags in zip(photographs, labels, strict=True)
+    ]
+
+    batch = handler._collate(requests)
+
+    expected = handler.pipeline.processor(photographs, labels)
+    assert batch.pop("tags") == labels
+    assert batch.keys() == expected.keys()
+    assert all(batch[name].dtype == expected[name].dtype for name in batch)
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+
+
 def test_a_slow_photograph_holds_up_no_other_request(module, folder, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     handler = module.EndpointHandler(str(folder))
@@ -178,6 +199,7 @@ BAD_REQUESTS = {
     "top_k is true": (request(top_k=True), "top_k is a bool"),
     "top_k is a fraction": (request(top_k=1.5), "top_k is a float"),
     "top_k is negative": (request(top_k=-1), "top_k is -1"),
+    "threshold and top_k": (request(threshold=0.5, top_k=1), "threshold is 0.5 and top_k is 1, expected only one"),
     "unknown rule": (request(selection="best"), "'best'"),
     "attention is text": (request(return_attention="maybe"), "return_attention is 'maybe'"),
     "no photograph": (request(inputs=None), "inputs is a NoneType"),

@@ -3,6 +3,8 @@ from datetime import timedelta
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import Trainer
 
 from magneto_training import arguments as arguments_module
 from magneto_training.arguments import (
@@ -18,6 +20,8 @@ from magneto_training.arguments import (
 )
 from magneto_training.tag_data import DataError
 from modeling_magneto import MagnetoConfig
+
+OPTIM_ARGS = arguments_module.OPTIM_ARGS
 
 PREDICT = ["--model_name_or_path", "model", "--dataset_name", "data", "--output_file", "out.parquet"]
 
@@ -97,6 +101,8 @@ def test_an_abbreviation_is_no_field():
         ("backbone_kwargs", "pad_type", "backbone_kwargs .* expected JSON"),
         ("image_mean", "[0.5]", "image_mean has 1 numbers, expected 3"),
         ("image_std", "a", "image_std"),
+        ("backbone", "resnet188", "backbone is 'resnet188', which timm does not know; did you mean 'resnet18"),
+        ("backbone", "resnet18.foo", "backbone is 'resnet18.foo', which timm .*; did you mean 'resnet18[.]"),
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_the_field(tmp_path, name, value, message):
@@ -137,6 +143,7 @@ def test_a_stray_value_is_an_error():
     [
         (["--threshold", "1.5"], "threshold is 1.5"),
         (["--top_k", "0"], "top_k is 0"),
+        (["--threshold", "0.99", "--top_k", "2"], "threshold is 0.99 and top_k is 2, expected only one of them"),
         (["--selection", "best"], "selection: invalid choice: 'best'"),
         (["--selection", "top_k"], "top_k is None, but the rule is 'top_k'"),
         (["--selection", "expected_f1", "--threshold", "0.3"], "threshold is 0.3, but the rule is 'expected_f1'"),
@@ -186,7 +193,17 @@ def test_every_argument_of_the_model_reaches_the_configuration():
     assert {name: getattr(config, name) for name in changed} == changed and config.vocab_size == 9
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 10}, {"dropout": 1.0}, {"num_tag_layers": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 10},
+        {"dropout": 1.0},
+        {"num_tag_layers": 0},
+        {"image_std": [0.2, 0.0, 0.2]},
+        {"image_std": [0.2, 0.2, -0.2]},
+        {"image_std": [float("nan"), 0.2, 0.2]},
+    ],
+)
 def test_a_value_out_of_range_is_named(change):
     with pytest.raises(UsageError, match=next(iter(change))):
         ModelArguments(**change)  # and not only when the rows have been read
@@ -232,11 +249,63 @@ def test_our_own_mistakes_keep_their_traceback():
         ("num_train_epochs", "-1", "num_train_epochs is -1"),
         ("seed", "-1", "seed is -1"),
         ("optim_args", "momentum0.9", "optim_args is 'momentum0.9', expected name=value"),
+        ("early_stopping_patience", "0", "early_stopping_patience is 0, expected at least 1"),
     ],
 )
 def test_training_arguments_out_of_range_are_named(name, value, message):
     with pytest.raises(UsageError, match=message):
         parse_arguments((MagnetoTrainingArguments,), [f"--{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "message"),
+    [
+        ("sgd", "momentm=0.9", "optim_args has 'momentm' for sgd, expected some of momentum, dampening, nesterov$"),
+        ("sgd", "momentum=0.9, fused=true", "optim_args has 'fused' for sgd"),
+        ("sgd", "weight_decay=0.1", "optim_args has 'weight_decay' .*; --weight_decay is an option"),
+        ("sgd", "momentum=much", "momentum is 'much' in optim_args, expected a number"),
+        ("sgd", "momentum=0.9=1", "momentum is '0.9=1' in optim_args, expected a number"),
+        ("sgd", "momentum=0.9,nesterov=on", "nesterov is 'on' in optim_args, expected true or false"),
+        ("rmsprop", "dampening=0.9", "optim_args has 'dampening' for rmsprop"),
+        ("adagrad", "momentum=0.8", "optim_args has 'momentum' for adagrad, expected some of lr_decay, eps"),
+        ("adamw_torch", "adam_beta1=0.8", "optim_args has 'adam_beta1' .*, expected none; --adam_beta1 is an option"),
+    ],
+)
+def test_what_the_optimizer_would_pass_over_is_refused(optim, optim_args, message):
+    with pytest.raises(UsageError, match=message):
+        parse_arguments((MagnetoTrainingArguments,), ["--optim", optim, "--optim_args", optim_args])
+
+
+@pytest.mark.parametrize("optim", arguments_module.OPTIM_ARGS)
+def test_all_that_is_taken_reaches_the_optimizer(optim, tmp_path):
+    values = {name: "true" if name in arguments_module.OPTIM_FLAGS else "0.25" for name in OPTIM_ARGS[optim]}
+    optim_args = ", ".join(f"{name}={value}" for name, value in values.items())
+    args = MagnetoTrainingArguments(str(tmp_path), optim=optim, optim_args=optim_args or None)
+
+    _, options = Trainer.get_optimizer_cls_and_kwargs(args)
+
+    assert {name: options[name] for name in values} == {
+        name: True if value == "true" else 0.25 for name, value in values.items()
+    }
+
+
+def test_another_optimizer_does_without_the_default(tmp_path):
+    args = MagnetoTrainingArguments(str(tmp_path), optim="adamw_torch")
+    assert dataclasses.replace(args).optim == "adamw_torch"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_strategy": "no"}, "eval_strategy is 'no', expected another with early_stopping_patience"),
+        ({"metric_for_best_model": None}, "metric_for_best_model is None, expected another with early_stopping"),
+    ],
+)
+def test_early_stopping_without_anything_to_go_by_is_refused(tmp_path, changes, message):
+    options = {"early_stopping_patience": 1, "load_best_model_at_end": False}
+    with pytest.raises(UsageError, match=message):
+        MagnetoTrainingArguments(str(tmp_path), **options, **changes)
+    MagnetoTrainingArguments(str(tmp_path), **options)  # the last epoch is kept, not the best one
 
 
 @pytest.mark.parametrize(
@@ -247,6 +316,9 @@ def test_training_arguments_out_of_range_are_named(name, value, message):
         ("gradient_checkpointing", "true", "is True, expected False: the model does not support it"),
         ("activation_checkpointing", "true", "is True, expected False: the model does not support it"),
         ("train_sampling_strategy", "group_by_length", "is 'group_by_length', expected 'random' or 'sequential': how"),
+        ("remove_unused_columns", "true", "is True, expected False: the collator needs all columns"),
+        ("include_for_metrics", "loss", r"is \['loss'\], expected \['inputs'\]: calibration needs to know the tags"),
+        ("batch_eval_metrics", "true", "is True, expected False: metrics are those of a whole split"),
         ("train_sampling_strategy", "batch_rebalance", "is 'batch_rebalance', expected 'random' or 'sequential': how"),
     ],
 )
@@ -295,6 +367,14 @@ def test_a_file_system_error_is_one_line_too(capsys):
         raise NotADirectoryError(20, "Not a directory", "file/x")
     assert ended.value.code == 1
     assert capsys.readouterr().err == "train.py: error: [Errno 20] Not a directory: 'file/x'\n"
+
+
+def test_weights_that_cannot_be_saved_are_one_line_too(capsys):
+    with pytest.raises(SystemExit) as ended, user_errors_in_one_line("train.py"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: Error while serializing: ") and "No space left" in line
 
 
 def test_a_file_for_two_commands_may_hold_the_fields_of_both(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from magneto_training import collation
 from magneto_training.augmentation import ImageAugmentation, TagAugmentation
 from magneto_training.collation import AugmentedDataset, TagCollator
+from magneto_training.photographs import undecoded
 from magneto_training.tag_data import DataError
 from modeling_magneto import MagnetoProcessor
 
@@ -21,9 +22,9 @@ def test_the_examples_of_the_documentation_hold():
 
 
 def test_rows_without_ground_truth_have_no_labels(processor):
-    rows = [{"item_id": "a", "image": Image.new("RGB", (9, 9)), "tags": ["red", "blue"]}]
+    rows = Dataset.from_list([{"item_id": "a", "image": Image.new("RGB", (9, 9)), "tags": ["red", "blue"]}])
 
-    assert set(TagCollator(processor)(rows)) == {"input_ids", "attention_mask", "pixel_values"}
+    assert set(TagCollator(processor)(undecoded(rows).to_list())) == {"input_ids", "attention_mask", "pixel_values"}
 
 
 def test_prediction_does_not_cut_and_training_cuts_by_chance():
@@ -49,6 +50,7 @@ def test_an_augmented_batch_depends_on_its_seeds_alone(processor):
         {"image": Image.fromarray(pixels), "tags": ["red", "blue", "green"], "important_tags": ["red"], "seed": seed}
         for seed in (1, 2, 1)
     ]
+    rows = undecoded(Dataset.from_list(rows)).to_list()
 
     batch, again = collate(rows), collate(rows)
 

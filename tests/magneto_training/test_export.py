@@ -1,4 +1,5 @@
 import functools
+import importlib.util
 import sys
 
 import numpy as np
@@ -81,6 +82,16 @@ def test_a_model_that_is_not_the_same_in_onnx_runtime_is_not_written(tmp_path, m
     monkeypatch.setattr(export, "TOLERANCE", -1)
 
     with pytest.raises(UserError, match="differ from PyTorch's by .*, expected at most"):
+        export_onnx(make_model("tag"), tmp_path / "model.onnx")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name))
+
+    with pytest.raises(UserError, match=r"^ONNX needs the package onnxruntime, .*\[export\]"):
         export_onnx(make_model("tag"), tmp_path / "model.onnx")
 
     assert list(tmp_path.iterdir()) == []

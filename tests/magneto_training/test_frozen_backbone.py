@@ -1,11 +1,13 @@
 import pytest
 import torch
 from conftest import make_rows
+from datasets import Dataset
 from torch import nn
 
 from magneto_training import frozen_backbone
 from magneto_training.collation import TagCollator
 from magneto_training.frozen_backbone import FrozenBackbone
+from magneto_training.photographs import undecoded
 from magneto_training.prediction import load_model
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
 
@@ -107,7 +109,7 @@ def test_a_backbone_that_cannot_be_traced_runs_as_it_is(tiny_model, pixel_values
 
 
 def test_a_batch_is_scored_alike_with_features_from_the_collator(tiny_model, processor):
-    rows = make_rows(6)
+    rows = undecoded(Dataset.from_list(make_rows(6))).to_list()
     backbone = FrozenBackbone.for_workers(tiny_model, CPU)
     photographs, features = TagCollator(processor)(rows), TagCollator(processor, backbone=backbone)(rows)
 

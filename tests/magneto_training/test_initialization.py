@@ -2,10 +2,17 @@ import gzip
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from magneto_training.arguments import ModelArguments, UserError
-from magneto_training.initialization import copy_weights, init_tag_vectors, initialize_model
-from modeling_magneto import MagnetoConfig, MagnetoForOutlierDetection, MagnetoForTagSummarization, MagnetoProcessor
+from magneto_training.initialization import copy_weights, init_tag_vectors, initialize_model, load_source
+from modeling_magneto import (
+    MagnetoConfig,
+    MagnetoForOutlierDetection,
+    MagnetoForTagSummarization,
+    MagnetoModel,
+    MagnetoProcessor,
+)
 
 
 @pytest.fixture
@@ -109,6 +116,66 @@ def test_a_missing_folder_is_named(tiny_config, tmp_path):
         initialize_model(model, processor, ModelArguments(init_from=str(tmp_path / "nowhere")), seed=0)
 
 
+@pytest.mark.parametrize("streams", ["both", "image", "tag"])
+@pytest.mark.parametrize("model_class", [MagnetoForTagSummarization, MagnetoForOutlierDetection, MagnetoModel])
+@pytest.mark.parametrize("is_calibrated", [False, True], ids=["raw", "calibrated"])
+def test_a_saved_model_of_any_kind_is_complete(tiny_config, processor, tmp_path, model_class, streams, is_calibrated):
+    calibration = {"logits": {"temperature": 2.0, "bias": 1.0, "tag_biases": {"3": 0.5}}} if is_calibrated else None
+    changes = {"streams": streams, "calibration": calibration}
+    saved = model_class(MagnetoConfig(**{**tiny_config.to_dict(), **changes}))
+    for part in (saved, processor):
+        part.save_pretrained(tmp_path)
+
+    model, _ = load_source(str(tmp_path))
+
+    assert type(model) is model_class
+    found = model.state_dict()
+    assert all(torch.equal(found.pop(name), tensor) for name, tensor in saved.state_dict().items()) and not found
+
+
+def damage(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda weights: [weights.pop(name) for name in list(weights) if name.startswith("classifiers.")],
+            "lacks tensors: 4, the first is classifiers.image.bias; expected",
+        ),
+        (
+            lambda weights: weights.pop("magneto.image_feature_extractor.backbone.layer1.0.bn1.running_mean"),
+            "lacks tensors: 1, the first is magneto.image_feature_extractor.backbone.layer1.0.bn1.running_mean;",
+        ),
+        (
+            lambda weights: weights.update({"magneto.tag_embedder.weight": torch.zeros(3, 3)}),
+            "has tensors of another shape: 1, the first is magneto.tag_embedder.weight;",
+        ),
+    ],
+    ids=["no classifiers", "no statistic", "another shape"],
+)
+def test_a_folder_without_all_weights_is_refused(tiny_model, processor, tmp_path, change, expected):
+    for part in (tiny_model, processor):
+        part.save_pretrained(tmp_path)
+    damage(tmp_path, change)
+
+    with pytest.raises(UserError, match=f"{tmp_path.name}' {expected}") as caught:
+        load_source(str(tmp_path))
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_weight_too_many_does_no_harm(tiny_model, processor, tmp_path):
+    for part in (tiny_model, processor):
+        part.save_pretrained(tmp_path)
+    damage(tmp_path, lambda weights: weights.update(strange=torch.zeros(1)))
+
+    assert load_source(str(tmp_path))[0].state_dict().keys() == tiny_model.state_dict().keys()
+
+
 # --------------------------------------------------------------------------------------------------------- tag vectors
 
 
@@ -158,6 +225,17 @@ def test_a_tag_of_several_words_is_the_mean_of_those_the_file_knows(tiny_config,
     torch.testing.assert_close(weight[indices["new york"]] * scale, torch.tensor(words["new_york"]))
 
 
+def test_a_word_may_have_blanks_in_it(tiny_config, tmp_path):
+    model, processor = new_model(tiny_config, ["red", "new york"])
+    words = {"red": vector(0), ". . .": vector(1), "at name@domain.com": vector(2), "new york": vector(3)}
+
+    init_tag_vectors(model, processor, write_vectors(tmp_path / "vectors.txt", words), seed=0)
+
+    indices, weight = processor.tokenizer.get_vocab(), model.magneto.tag_embedder.weight.detach()
+    expected = torch.tensor([words["red"], words["new york"]])
+    torch.testing.assert_close(weight[[indices["red"], indices["new york"]]], expected / expected.std())
+
+
 @pytest.mark.parametrize("width", [5, 50])
 def test_vectors_of_another_width_are_projected_repeatably(tiny_config, tmp_path, width):
     tags = [f"tag{index}" for index in range(30)]
@@ -182,7 +260,9 @@ def test_vectors_of_another_width_are_projected_repeatably(tiny_config, tmp_path
     ("content", "expected"),
     [
         ("red 1 2 3\nsea 1 2\n", "line 2: 2 numbers after the word, expected 3"),
+        ("sea 1 2 3\n\n", "line 2: 0 numbers after the word, expected 3"),
         ("red 1 two 3\n", "line 1: .*two"),
+        ("sea 1 2 3\nred 1 two 3\n", "line 2: .*two"),
         ("green 1 2 3\n", "knows none of the 2 tags"),
     ],
 )

@@ -285,3 +285,29 @@ def test_a_file_that_holds_no_metrics_is_an_error_in_one_line(tmp_path, monkeypa
     assert caught.value.code == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "bad.json" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], "FILE"), (["--nothing"], "FILE"), (["one.metrics.json", "--nothing"], "--nothing")],
+)
+def test_wrong_arguments_end_the_table_of_metrics_files_with_one_line(monkeypatch, capsys, arguments, expected):
+    monkeypatch.setattr(sys, "argv", ["evaluation", *arguments])
+
+    with pytest.raises(SystemExit) as caught:
+        evaluation.main()
+
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("evaluation: error: ") and expected in line
+
+
+def test_the_table_of_metrics_files_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluation", "--help"])
+
+    with pytest.raises(SystemExit) as caught:
+        evaluation.main()
+
+    printed = capsys.readouterr()
+    assert caught.value.code == 0 and printed.err == ""
+    assert "python -m magneto_training.evaluation" in printed.out and "FILE" in printed.out

@@ -1,12 +1,14 @@
 import errno
 import io
+import struct
 import weakref
+import zipfile
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from magneto_training import photographs
 from magneto_training.augmentation import ImageAugmentation
@@ -57,10 +59,62 @@ def test_a_photograph_decoded_at_a_scale_is_upright_and_looks_the_same(tmp_path)
     assert np.abs(difference).mean() < 2
 
 
-@pytest.mark.parametrize("content", [b"", b"no photograph"])
-def test_what_cannot_be_read_cannot_be_read_at_a_scale(content):
-    assert read_photograph({"bytes": content, "path": None}, 60) is None
-    assert read_photograph(None, 60) is None
+BROKEN_AVIF = b"\0\0\0\x18ftypavif\0\0\0\0mif1avif"
+
+
+@pytest.mark.parametrize("shortest_side", [None, 60])
+@pytest.mark.parametrize(
+    "image",
+    [
+        None,
+        {"bytes": None, "path": None},
+        *({"bytes": content, "path": None} for content in (b"", b"no photograph", BROKEN_AVIF)),
+    ],
+)
+def test_what_cannot_be_read_is_a_problem_at_any_scale(image, shortest_side):
+    assert read_photograph(image, shortest_side) is None
+    assert find_photograph_problem(image) == "an unreadable photograph"
+
+
+def test_broken_exif_data_are_no_fault_of_the_pixels():
+    picture = Image.effect_noise((30, 20), 80).convert("RGB")
+    # To be turned by 90 degrees, and with a resolution that is a text.
+    entries = struct.pack(">HHI2H", 0x0112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x011A, 2, 3, b"72\0\0")
+    odd = as_file(picture, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entries + bytes(4))
+    broken = as_file(picture, "PNG", exif=b"Exif\0\0neither II nor MM")
+
+    assert find_photograph_problem(odd) is None and find_photograph_problem(broken) is None
+    assert read_photograph(odd).tobytes() == picture.transpose(Image.Transpose.ROTATE_270).tobytes()
+    assert read_photograph(broken).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_as_its_camera_was_held(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = as_file(Image.effect_noise((30, 20), 80).convert("RGB"), "PNG", exif=exif)
+
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(image["bytes"])))
+    assert read_photograph(image).tobytes() == expected.tobytes()
+
+
+def test_a_line_of_pixels_is_no_photograph(tmp_path):
+    assert find_photograph_problem(as_file(Image.new("RGB", (50, 1)), "PNG")) is None
+    line = as_file(Image.new("RGB", (51, 1)), "PNG")
+
+    assert find_photograph_problem(line) == "a photograph more than 50 times as long as it is wide"
+    assert read_photograph(line) is None
+
+
+def test_a_photograph_may_lie_in_an_archive(tmp_path):
+    photograph = Image.effect_noise((40, 30), 80).convert("RGB")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("b.png", as_file(photograph, "PNG")["bytes"])
+    image = {"bytes": None, "path": f"zip://b.png::{tmp_path / 'a.zip'}"}  # so in the rows of a streamed image folder
+
+    assert find_photograph_problem(image) is None
+    assert read_photograph(image).tobytes() == read_photograph(image, 60).tobytes() == photograph.tobytes()
+    assert read_photograph({**image, "path": image["path"].replace("b.png", "c.png")}) is None
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])

@@ -10,14 +10,9 @@ from datasets import Dataset
 
 from magneto_training.arguments import PredictArguments, UserError
 from magneto_training.evaluation import evaluate_selection
-from magneto_training.prediction import (
-    check_output_file,
-    has_ground_truth,
-    load_model,
-    load_prediction_split,
-    predict_batches,
-    predict_dataset,
-)
+from magneto_training.photographs import undecoded
+from magneto_training.prediction import has_ground_truth, load_model, load_prediction_split, predict_batches
+from magneto_training.prediction_parts import check_output_file, predict_dataset
 from magneto_training.report import write_report
 from magneto_training.tag_data import DataError
 from modeling_magneto import MagnetoConfig, MagnetoForOutlierDetection, MagnetoForTagSummarization, MagnetoProcessor
@@ -114,8 +109,8 @@ def flatten(batches) -> list[tuple]:
 
 @pytest.mark.parametrize("batch_size, num_workers", [(1, 0), (5, 0), (5, 1)])
 def test_the_size_of_the_batch_changes_no_score(tiny_model, processor, rows, batch_size, num_workers):
-    expected = flatten(predict_batches(tiny_model, processor, rows, batch_size=64))
-    found = flatten(predict_batches(tiny_model, processor, rows, batch_size, num_workers))
+    expected = flatten(predict_batches(tiny_model, processor, undecoded(rows), batch_size=64))
+    found = flatten(predict_batches(tiny_model, processor, undecoded(rows), batch_size, num_workers))
 
     assert [item for item, _ in found] == [item for item, _ in expected] == rows["item_id"][:]
     for (_, one), (_, other), tags in zip(found, expected, rows["tags"][:], strict=True):
@@ -124,7 +119,7 @@ def test_the_size_of_the_batch_changes_no_score(tiny_model, processor, rows, bat
 
 
 def test_scores_are_the_models(tiny_model, processor, rows):
-    (batch,) = predict_batches(tiny_model, processor, rows, batch_size=64)
+    (batch,) = predict_batches(tiny_model, processor, undecoded(rows), batch_size=64)
 
     with torch.no_grad():
         outputs = tiny_model(**processor(rows["image"][:], rows["tags"][:]))

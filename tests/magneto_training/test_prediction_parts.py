@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,17 +19,16 @@ from accelerate import Accelerator
 from conftest import make_rows
 from datasets import Dataset
 
-from magneto_training import prediction
+from magneto_training import prediction, prediction_parts
 from magneto_training.arguments import PredictArguments, UsageError, UserError
-from magneto_training.prediction import (
+from magneto_training.prediction import load_prediction_split, rows_for_model
+from magneto_training.prediction_parts import (
     describe_files,
     load_backbone,
-    load_prediction_split,
     parts_folder,
     predict_dataset,
     predict_parts,
     read_skipped,
-    rows_for_model,
 )
 from magneto_training.report import write_report
 from magneto_training.tag_data import DataError
@@ -76,6 +76,13 @@ def assert_same(found: list[dict], expected: list[dict]) -> None:
 
 def break_photograph(row: dict) -> dict:
     return {**row, "image": {"bytes": b"no photograph", "path": None}}
+
+
+def damage(file: Path) -> None:
+    """Overwrite the rows of a Parquet file; which columns it has can still be read."""
+    content = file.read_bytes()
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # where what it says of itself begins
+    file.write_bytes(content[:4] + b"\xff" * (end - 4) + content[end:])
 
 
 class WatchedModel(MagnetoForTagSummarization):
@@ -154,7 +161,7 @@ def test_processes_make_every_other_part(predict, rows, tiny_model, processor, s
         device=torch.device("cpu"), process_index=rank, num_processes=2, is_local_main_process=False
     )
 
-    num_rows = prediction._predict_share(process, tiny_model, processor, predict.dataset, predict.args, None)
+    num_rows = prediction_parts._predict_share(process, tiny_model, processor, predict.dataset, predict.args, None)
 
     assert num_rows == NUM_ROWS
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -174,6 +181,16 @@ def test_a_stream_needs_parquet(predict, rows, tmp_path):
 def test_ray_does_not_stream():
     with pytest.raises(UsageError, match="streaming"):
         PredictArguments("model", "data", "out.parquet", streaming=True, engine="ray")
+
+
+def test_a_damaged_file_of_a_stream_is_reported_with_its_dataset(predict, rows, tiny_model, processor, tmp_path):
+    predict(rows, streaming=True)
+    damage(tmp_path / "data" / "test.parquet")
+
+    with pytest.raises(DataError, match="data: the rows cannot be read: OSError: ") as raised:
+        predict_dataset(Accelerator(cpu=True), tiny_model, processor, predict.dataset, predict.args)
+
+    assert str(raised.value).startswith(f"{tmp_path / 'data'}: ") and "\n" not in str(raised.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad rows
@@ -270,6 +287,58 @@ def test_photographs_of_streamed_parts_that_are_there_are_not_looked_at(predict,
     assert_same(found, expected)
 
 
+def test_streamed_parts_of_other_rows_are_not_mixed(predict, rows, watched_model, tmp_path):
+    expected, _ = predict(rows, "whole")
+    bad = [*rows[:13], {**rows[13], "tags": []}, *rows[14:]]
+    with pytest.raises(DataError, match="row 13 .item_id im13. has no tags"):
+        predict(bad, streaming=True, num_workers=0)  # workers would be further ahead than the parts
+    folder = parts_folder(str(tmp_path / "out.parquet"))
+    assert len(list(folder.glob("*.parquet"))) == 2
+
+    for others, start in (([*rows[:3], *rows[5:13], *rows[14:]], 0), ([*rows[:9], *rows[10:]], 6)):
+        with pytest.raises(UserError, match="was made of other rows") as raised:
+            predict(others, model=watched_model, streaming=True)
+        file = folder / f"rows-{start:09d}-{start + 6:09d}.parquet"
+        assert str(raised.value) == (
+            f"{file} was made of other rows than rows {start} to {start + 5} of {tmp_path / 'data'} are now; "
+            f"give the dataset back its rows, or remove the folder {folder} to start afresh"
+        )
+    assert not watched_model.lengths and not (tmp_path / "out.parquet").exists()
+
+    watched_model.batches_left = 3
+    found, _ = predict(rows, model=watched_model, streaming=True)
+    assert_same(found, expected)
+
+
+def test_what_is_left_of_a_longer_stream_is_not_in_the_result(predict, rows, watched_model, monkeypatch, tmp_path):
+    expected, _ = predict(rows, "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(prediction_parts, "_finish", lambda *_: {})
+        with pytest.raises(FileNotFoundError):  # all parts are there, and no output
+            predict(rows, streaming=True)
+
+    watched_model.batches_left = 1  # the last part has 2 rows now, and another name
+    found, metrics = predict(rows[:20], model=watched_model, streaming=True)
+
+    assert_same(found, expected[:20])
+    assert metrics["num_images"] == 20 and not parts_folder(str(tmp_path / "out.parquet")).exists()
+
+
+def test_the_digest_of_rows_is_of_their_contents(rows):
+    tagged = [{"item_id": row["item_id"], "tags": row["tags"]} for row in rows]
+    tagged[2]["tags"], tagged[4]["item_id"], tagged[7]["tags"] = None, None, [None]
+    whole = pa.Table.from_pylist(tagged)
+    lengths = (2, 3, 5)  # as row groups may be
+
+    def digest(table: pa.Table) -> str:
+        return prediction_parts._digest_rows([table])
+
+    cut = pa.concat_tables([whole[sum(lengths[:index]) :][:length] for index, length in enumerate(lengths)])
+    assert digest(whole[:10]) == digest(cut) == digest(pa.Table.from_pylist(tagged[:10]))
+    assert digest(whole[3:9]) == digest(pa.Table.from_pylist(tagged[3:9]))
+    assert len({digest(whole[start:stop]) for start in range(3) for stop in range(3, 10)}) == 21
+
+
 def test_parts_may_be_made_by_anybody_in_any_order(tiny_model, processor, predict, rows, watched_model):
     expected, metrics = predict(rows, "whole")
     watched_model.batches_left = 0
@@ -278,7 +347,7 @@ def test_parts_may_be_made_by_anybody_in_any_order(tiny_model, processor, predic
 
     reader = rows_for_model(predict.dataset, processor, predict.args)
     for part in (range(18, 22), range(6, 12)):
-        assert sum(predict_parts(tiny_model, processor, reader, [part], predict.args)) == len(part)
+        assert sum(predict_parts(tiny_model, processor, reader, [(part, reader)], predict.args)) == len(part)
 
     watched_model.batches_left = 4  # two each for the other two
     found, same_metrics = predict(rows, model=watched_model)
@@ -295,11 +364,13 @@ def test_a_process_starts_workers_on_its_share_of_the_cores(
 ):
     args = PredictArguments("model", "data", str(tmp_path / "out.parquet"))
     asked = []
-    monkeypatch.setattr(prediction.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(prediction_parts.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setattr(prediction, "predict_batches", lambda *positional, **_: asked.append(positional[4]) or [])
+    monkeypatch.setattr(
+        prediction_parts, "predict_batches", lambda *positional, **_: asked.append(positional[4]) or []
+    )
 
-    assert list(predict_parts(tiny_model, processor, None, [range(num_rows)], args)) == []
+    assert list(predict_parts(tiny_model, processor, None, [(range(num_rows), None)], args)) == []
 
     assert asked == [expected]
 

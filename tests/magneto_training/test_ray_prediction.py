@@ -9,7 +9,8 @@ from conftest import make_rows
 from datasets import Dataset
 
 from magneto_training.arguments import PredictArguments, UsageError, UserError
-from magneto_training.prediction import load_prediction_split, parts_folder, predict_dataset
+from magneto_training.prediction import load_prediction_split
+from magneto_training.prediction_parts import parts_folder, predict_dataset
 from magneto_training.ray_prediction import predict_parts_with_ray
 
 

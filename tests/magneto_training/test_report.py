@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from magneto_training.arguments import PredictArguments
-from magneto_training.prediction import SCHEMA
+from magneto_training.prediction_parts import SCHEMA
 from magneto_training.report import evenly_spread, write_report
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
 

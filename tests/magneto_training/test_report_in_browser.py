@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from magneto_training.arguments import PredictArguments
-from magneto_training.prediction import SCHEMA
+from magneto_training.prediction_parts import SCHEMA
 from magneto_training.report import write_report
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
 

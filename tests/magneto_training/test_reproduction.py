@@ -36,7 +36,7 @@ class FakeCommands:
         f1 = 80.0 + len(self.calls)
         if script == "predict.py":
             options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-            metrics = {"f1": f1, "outlier_percent": 10.0, "num_images": 5}
+            metrics = {"f1": f1, "outlier_percent": 10.0, "keep_all_f1": 60.0, "num_images": 5}
             Path(options["--output_file"]).with_suffix(".metrics.json").write_text(json.dumps(metrics))
             return
         settings = yaml.safe_load(Path(arguments[0]).read_text())
@@ -179,6 +179,7 @@ def test_results_hold_the_figures_of_the_runs_with_mean_and_deviation(commands, 
         assert (tmp_path / f"out/figure_{number}.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "out/results.md").read_text()
     assert "| keep all | 70.0 | 70.0 | 70.0 | 70.0 |" in text
+    assert "| keep all | | | 100.0 | 70.0 | 60.0 |" in text
     assert f"{results['table_2']['FF']['f1']['mean']:.1f} ± " in text
 
 

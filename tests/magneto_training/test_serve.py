@@ -286,3 +286,47 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     assert finished.returncode == 1
     assert len(finished.stderr.splitlines()) == 1
     assert finished.stderr.startswith("serve: error: ") and "handler.py" in finished.stderr
+
+
+def test_the_command_names_the_extra_where_it_is_missing(tmp_path):
+    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(\"No module named 'uvicorn'\")")
+
+    command = [sys.executable, "-m", "magneto_training.serve", str(tmp_path)]
+    finished = run_elsewhere(command, HF_HUB_OFFLINE="1", PYTHONPATH=str(tmp_path))
+
+    expected = (
+        """serve: error: the server needs the extra "serve": pip install -e ".[serve]" (No module named 'uvicorn')"""
+    )
+    assert (finished.returncode, finished.stderr) == (1, expected + "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "DIR"),
+        (["model", "--nothing"], "--nothing"),
+        (["model", "--port", "http"], "'http'"),
+        (["model", "--port", "65536"], "port is 65536, expected at most 65535"),
+        (["model", "--port", "-1"], "port is -1"),
+    ],
+)
+def test_wrong_arguments_end_the_command_with_one_line(monkeypatch, capsys, arguments, expected):
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
+
+    with pytest.raises(SystemExit) as caught:
+        serve.main()
+
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("serve: error: ") and expected in line
+
+
+def test_the_command_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--help"])
+
+    with pytest.raises(SystemExit) as caught:
+        serve.main()
+
+    printed = capsys.readouterr()
+    assert caught.value.code == 0 and printed.err == ""
+    assert "python -m magneto_training.serve" in printed.out and "--port" in printed.out

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UsageError
 from magneto_training.collation import TagCollator
 from magneto_training.evaluation import compute_metrics
+from magneto_training.photographs import undecoded
 from magneto_training.streaming import (
     StreamedBatches,
     StreamedCollator,
@@ -45,6 +46,13 @@ def spoil_photographs(folder, item_ids: set[str]) -> None:
             if row["item_id"] in item_ids:
                 row["image"]["bytes"] = row["image"]["bytes"][:60]
         datasets.Dataset.from_list(rows, features=features).to_parquet(file)
+
+
+def damage(file) -> None:
+    """Overwrite the rows of a Parquet file; which columns it has can still be read."""
+    content = file.read_bytes()
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # where what it says of itself begins
+    file.write_bytes(content[:4] + b"\xff" * (end - 4) + content[end:])
 
 
 @pytest.fixture
@@ -127,6 +135,25 @@ def test_files_that_change_under_a_stream_end_the_epoch(folder, num_rows, found,
 
     expected = "good rows, expected 23 as at the start: its files have changed"
     assert str(raised.value) == f"{folder}, train has {found} {expected}"
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_damaged_file_is_reported_with_its_dataset_and_split(folder, split):
+    damage(folder / f"{split}-0.parquet")
+
+    with pytest.raises(DataError) as raised:
+        stream(folder)
+
+    assert str(raised.value).startswith(f"{folder}, {split}: the rows cannot be read: OSError: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_damaged_later_ends_the_epoch_with_its_dataset(folder):
+    dataset = stream(folder)
+    damage(folder / "train-1.parquet")
+
+    with pytest.raises(DataError, match="data, train: the rows cannot be read: OSError: "):
+        list(StreamedBatches(dataset, 4))
 
 
 def test_vocabulary_length_and_evaluated_splits_are_those_of_the_ordinary_load(folder):
@@ -227,7 +254,7 @@ def make_trainer(folder, tiny_config, tmp_path):
             args,
             processor,
             train_dataset=StreamedDataset(train, args.seed, buffer_size=6),
-            eval_dataset=evaluated["validation"],
+            eval_dataset=undecoded(evaluated["validation"]),
             train_collator=StreamedCollator(TagCollator.for_training(processor, data_args)),
             eval_collator=TagCollator(processor),
             compute_metrics=compute_metrics,

@@ -4,6 +4,8 @@ import json
 import os
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -341,6 +343,24 @@ def test_skip_bad_rows_keeps_the_rest_and_says_how_many_went(capsys):
 
     assert kept["item_id"][:] == ["im1", "im3"]
     assert "2 of 4 rows are bad" in capsys.readouterr().out
+
+
+def test_an_image_cell_with_nothing_in_it_is_a_bad_row_as_any_other(tmp_path, capsys):
+    make_split([{}, {}]).to_parquet(tmp_path / "train.parquet")
+    table = pq.read_table(tmp_path / "train.parquet")
+    rows = table.to_pylist()
+    rows[1]["image"] = {"bytes": None, "path": None}  # `datasets` writes no such cell, other programs do
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "train.parquet")
+    split = load_tag_dataset(str(tmp_path))["train"]
+    report = "photos, train: 1 of 2 rows are bad: 1 with an unreadable photograph (item_id im1); "
+
+    with pytest.raises(DataError) as caught:
+        checked_split(split, "photos, train", True, True, skip_bad_rows=False)
+    kept = checked_split(split, "photos, train", True, True, skip_bad_rows=True)
+
+    assert str(caught.value) == report + "--skip_bad_rows true leaves them out"
+    assert kept["item_id"][:] == ["im0"]
+    assert report + "left out" in capsys.readouterr().out
 
 
 def test_without_a_good_row_there_is_nothing_to_go_on_with():

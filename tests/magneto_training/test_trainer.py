@@ -16,6 +16,7 @@ from magneto_training.arguments import (
 from magneto_training.augmentation import TagAugmentation
 from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics
+from magneto_training.photographs import undecoded
 from magneto_training.tag_data import load_training_splits
 from magneto_training.trainer import MagnetoTrainer, check_backbone_options, check_checkpoint, find_checkpoint
 from modeling_magneto import (
@@ -45,7 +46,7 @@ def make_trainer(tiny_config, processor, data_args, tmp_path):
             args,
             processor,
             train_dataset=AugmentedDataset(splits["train"], args.seed),
-            eval_dataset=splits["validation"],
+            eval_dataset=undecoded(splits["validation"]),
             train_collator=TagCollator.for_training(
                 processor, data_args, TagAugmentation(processor.vocabulary, 0.5, 0.5)
             ),
@@ -181,7 +182,7 @@ def test_a_short_training_improves_logs_and_saves_the_best_epoch(make_trainer):
     assert {"eval_tag_f1", "eval_image_f1", "eval_mean_gate", "eval_keep_all_f1"} <= set(evaluations[0])
 
     best = max(entry["eval_f1"] for entry in evaluations)
-    split = trainer.evaluate_split("test", trainer.eval_dataset)
+    split, _ = trainer.predict_split("test", trainer.eval_dataset)
     assert split["f1"] == pytest.approx(best)
     assert not [name for name in split if "runtime" in name or "per_second" in name or name.startswith("test_")]
     assert any(not torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
@@ -197,7 +198,8 @@ def test_a_splits_predictions_come_with_the_tags_in_the_order_of_the_rows(make_t
 
     metrics, prediction = trainer.predict_split("validation", trainer.eval_dataset)
 
-    assert metrics == trainer.evaluate_split("validation", trainer.eval_dataset)
+    evaluated = trainer.evaluate()
+    assert {name: evaluated[f"eval_{name}"] for name in metrics} == metrics
     batch = TagCollator(trainer.processing_class)([trainer.eval_dataset[index] for index in range(16)])
     real = prediction.label_ids != -100
     assert np.array_equal(prediction.label_ids, batch["labels"].numpy())

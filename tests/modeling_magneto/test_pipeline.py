@@ -102,6 +102,9 @@ def test_the_rule_is_the_processors_unless_the_call_says_otherwise(summarizer, t
     assert [item["selected"] for item in two] == [True, True, False]
     assert [[item["selected"] for item in result] for result in all_photographs] == [[True, True, False]] * 3
     assert_same(always_one(photograph(), candidate_labels=TAGS), best)
+    # A call's rule replaces the pipeline's as a whole: they are not mixed.
+    assert_same(always_one(photograph(), candidate_labels=TAGS, threshold=scores[1]), two)
+    assert_same(always_one(photograph(), candidate_labels=TAGS), best)
 
 
 def test_the_expected_f1_rule_is_a_call_away(summarizer, tiny_model, processor):
@@ -194,6 +197,16 @@ def test_a_photograph_is_turned_upright(summarizer):
     assert_same(summarizer(lying, candidate_labels=TAGS), summarizer(photograph(), candidate_labels=TAGS))
     opened = Image.open(io.BytesIO(lying))
     assert_same(summarizer(opened, candidate_labels=TAGS), summarizer(photograph(), candidate_labels=TAGS))
+
+
+def test_16_bit_grey_keeps_its_range_whatever_way_it_comes(summarizer, tmp_path):
+    grey = photograph().convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png")
+    expected = summarizer(grey, candidate_labels=TAGS)
+
+    for image in (deep, tmp_path / "deep.png", str(tmp_path / "deep.png"), (tmp_path / "deep.png").read_bytes()):
+        assert_same(summarizer(image, candidate_labels=TAGS), expected)
 
 
 def test_lists_share_one_list_of_tags_or_bring_their_own(summarizer):
@@ -292,6 +305,7 @@ def test_datasets_are_streamed(summarizer, kind, batch_size):
         (np.zeros((4, 4, 3), np.uint8), ["red"], {}, "the photograph of type ndarray cannot be read"),
         (photograph(), ["red"], {"threshold": 2}, "threshold is 2"),
         (photograph(), ["red"], {"top_k": 0}, "top_k is 0"),
+        (photograph(), ["red"], {"threshold": 0.5, "top_k": 1}, "threshold is 0.5 and top_k is 1, expected only one"),
         (photograph(), ["red"], {"selection": "best"}, "'best'"),
     ],
 )

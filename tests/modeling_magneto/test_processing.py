@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
 from modeling_magneto.modeling_magneto import MagnetoOutput
-from modeling_magneto.processing_magneto import normalize_tag, normalize_tags
+from modeling_magneto.processing_magneto import normalize_tag, normalize_tags, upright_rgb
 
 
 def photograph(width: int = 64, height: int = 48) -> Image.Image:
@@ -251,7 +251,6 @@ SCORES = [[0.9, 0.5, 0.1], [0.4, 0.6, 0.99]]  # the last one is at a padded slot
         ({"threshold": 0.95}, [[], []]),
         ({"top_k": 1}, [["red"], ["blue"]]),
         ({"top_k": 5}, [["red", "blue", "green"], ["yellow", "blue"]]),
-        ({"top_k": 2, "threshold": 0.95}, [["red", "blue"], ["yellow", "blue"]]),
         ({"selection": "threshold"}, [["red", "blue"], ["blue"]]),
         ({"selection": "threshold", "threshold": 0.3}, [["red", "blue"], ["yellow", "blue"]]),
         ({"selection": "top_k", "top_k": 1}, [["red"], ["blue"]]),
@@ -294,6 +293,8 @@ def test_the_stored_rule_is_in_force_until_another_is_named(processor, stored, s
         ({"selection": "expected_f1", "threshold": 0.3}, "threshold is 0.3, but the rule is 'expected_f1'"),
         ({"selection": "threshold", "top_k": 3}, "top_k is 3, but the rule is 'threshold'"),
         ({"selection": "top_k"}, "top_k is None, but the rule is 'top_k'"),
+        ({"selection": "top_k", "top_k": 2, "threshold": 0.95}, "threshold is 0.95, but the rule is 'top_k'"),
+        ({"top_k": 2, "threshold": 0.95}, "threshold is 0.95 and top_k is 2, expected only one of them"),
         ({"threshold": 1.5}, "threshold is 1.5"),
         ({"top_k": 0}, "top_k is 0"),
     ],
@@ -351,6 +352,11 @@ def test_unknown_ground_truth_is_ignored(processor):
     assert labels.tolist() == [[-100, -100], [1, -100]]
 
 
+def test_a_line_of_pixels_is_refused(processor):
+    with pytest.raises(ValueError, match="a photograph has 1 x 60 pixels, expected sides of at most 1 : 50"):
+        processor(Image.new("RGB", (1, 60)), ["blue"])
+
+
 def test_photographs_are_turned_upright(processor):
     upright = photograph()
     turned = upright.rotate(90, expand=True)
@@ -358,3 +364,5 @@ def test_photographs_are_turned_upright(processor):
     expected = processor(upright, ["blue"])["pixel_values"]
     assert torch.equal(processor(turned, ["blue"])["pixel_values"], expected)
     assert turned.size == (48, 64), "the caller's photograph stays as it is"
+    again = upright_rgb(upright_rgb(turned))
+    assert again.tobytes() == upright.tobytes()

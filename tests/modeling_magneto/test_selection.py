@@ -10,6 +10,7 @@ from modeling_magneto.selection_magneto import (
     PAPER_RULE,
     SelectionRule,
     expected_f1,
+    find_rule,
     select,
     select_by_expected_f1,
     select_by_threshold,
@@ -264,6 +265,11 @@ def test_a_wrong_stored_rule_is_an_error_in_one_line_that_names_the_field(fields
         SelectionRule.from_dict(fields)
 
     assert "\n" not in str(caught.value)
+
+
+def test_a_threshold_and_a_number_are_two_rules():
+    with pytest.raises(ValueError, match="^threshold is 0.0 and top_k is 2, expected only one of them$"):
+        find_rule({}, threshold=0.0, top_k=2)
 
 
 def test_a_stored_rule_has_the_defaults_of_what_it_leaves_out():
