@@ -4,6 +4,7 @@ Ray Data hands out the numbers of the rows, not the rows: each worker reads its 
 dataset, model and output folder must be where every machine finds them, on the Hub or in a folder that all share.
 """
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -90,10 +91,12 @@ def predict_parts_with_ray(dataset: Dataset, args: PredictArguments) -> None:
         num_gpus=1 if num_gpus else 0,
     )
     with tqdm(total=sum(map(len, parts)), unit="image", desc=f"Predicting with {num_workers} workers") as progress:
-        for result in results.iter_rows():
-            if result["error"]:
-                raise UserError(result["error"])
-            progress.update(result["num_rows"])
+        # Closed also after an error: a thread of Ray's that is left behind ends the process when it finds Ray gone.
+        with contextlib.closing(iter(results.iter_rows())) as rows:
+            for result in rows:
+                if result["error"]:
+                    raise UserError(result["error"])
+                progress.update(result["num_rows"])
 
 
 def _with_absolute_paths(args: PredictArguments) -> PredictArguments:
