@@ -115,8 +115,7 @@ class MagnetoSlots:
         return tags.unflatten(0, self.shape)
 
     def to_rows(self, tags: torch.Tensor) -> torch.Tensor:
-        """(T, ...) -> rows within which tags attend to each other, as `attention_mask` lets them."""
-        # (1, T, ...) or (B, L, ...)
+        """(T, ...) -> (1, T, ...) or (B, L, ...): rows within which `attention_mask` lets tags attend to others."""
         return tags.unsqueeze(0) if self.in_one_row else self.unpack(tags)
 
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:

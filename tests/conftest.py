@@ -78,6 +78,13 @@ def make_rows(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
+def damage(file: Path) -> None:
+    """Overwrite the rows of a Parquet file; which columns it has can still be read."""
+    content = file.read_bytes()
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # where what it says of itself begins
+    file.write_bytes(content[:4] + b"\xff" * (end - 4) + content[end:])
+
+
 def run_alone(script: str, folder: Path) -> str:
     """What a script prints in a new process that runs in `folder` and knows neither this checkout nor the network."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -8,6 +8,8 @@ from transformers import Trainer
 
 from magneto_training import arguments as arguments_module
 from magneto_training.arguments import (
+    OPTIM_ARGS,
+    OPTIM_FLAGS,
     DataArguments,
     MagnetoTrainingArguments,
     ModelArguments,
@@ -20,8 +22,6 @@ from magneto_training.arguments import (
 )
 from magneto_training.tag_data import DataError
 from modeling_magneto import MagnetoConfig
-
-OPTIM_ARGS = arguments_module.OPTIM_ARGS
 
 PREDICT = ["--model_name_or_path", "model", "--dataset_name", "data", "--output_file", "out.parquet"]
 
@@ -276,9 +276,9 @@ def test_what_the_optimizer_would_pass_over_is_refused(optim, optim_args, messag
         parse_arguments((MagnetoTrainingArguments,), ["--optim", optim, "--optim_args", optim_args])
 
 
-@pytest.mark.parametrize("optim", arguments_module.OPTIM_ARGS)
+@pytest.mark.parametrize("optim", OPTIM_ARGS)
 def test_all_that_is_taken_reaches_the_optimizer(optim, tmp_path):
-    values = {name: "true" if name in arguments_module.OPTIM_FLAGS else "0.25" for name in OPTIM_ARGS[optim]}
+    values = {name: "true" if name in OPTIM_FLAGS else "0.25" for name in OPTIM_ARGS[optim]}
     optim_args = ", ".join(f"{name}={value}" for name, value in values.items())
     args = MagnetoTrainingArguments(str(tmp_path), optim=optim, optim_args=optim_args or None)
 

@@ -98,7 +98,7 @@ def test_a_photograph_is_turned_as_its_camera_was_held(orientation):
     assert read_photograph(image).tobytes() == expected.tobytes()
 
 
-def test_a_line_of_pixels_is_no_photograph(tmp_path):
+def test_a_line_of_pixels_is_no_photograph():
     assert find_photograph_problem(as_file(Image.new("RGB", (50, 1)), "PNG")) is None
     line = as_file(Image.new("RGB", (51, 1)), "PNG")
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_rows
+from conftest import damage, make_rows
 from datasets import Dataset
 
 from magneto_training import prediction, prediction_parts
@@ -76,13 +76,6 @@ def assert_same(found: list[dict], expected: list[dict]) -> None:
 
 def break_photograph(row: dict) -> dict:
     return {**row, "image": {"bytes": b"no photograph", "path": None}}
-
-
-def damage(file: Path) -> None:
-    """Overwrite the rows of a Parquet file; which columns it has can still be read."""
-    content = file.read_bytes()
-    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # where what it says of itself begins
-    file.write_bytes(content[:4] + b"\xff" * (end - 4) + content[end:])
 
 
 class WatchedModel(MagnetoForTagSummarization):

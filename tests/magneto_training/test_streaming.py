@@ -2,7 +2,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import COLORS, make_rows
+from conftest import COLORS, damage, make_rows
 from torch.utils.data import DataLoader
 
 from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UsageError
@@ -46,13 +46,6 @@ def spoil_photographs(folder, item_ids: set[str]) -> None:
             if row["item_id"] in item_ids:
                 row["image"]["bytes"] = row["image"]["bytes"][:60]
         datasets.Dataset.from_list(rows, features=features).to_parquet(file)
-
-
-def damage(file) -> None:
-    """Overwrite the rows of a Parquet file; which columns it has can still be read."""
-    content = file.read_bytes()
-    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # where what it says of itself begins
-    file.write_bytes(content[:4] + b"\xff" * (end - 4) + content[end:])
 
 
 @pytest.fixture
