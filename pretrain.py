@@ -15,24 +15,23 @@ from magneto_training.arguments import (
     parse_arguments,
     user_errors_in_one_line,
 )
-from magneto_training.backbone import resolve_normalization
 from magneto_training.collation import AugmentedDataset, OutlierCollator, SeededDataset, TagCollator
 from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics, write_metrics
 from magneto_training.feature_cache import build_feature_caches
 from magneto_training.figures import write_training_curves
-from magneto_training.initialization import initialize_model, new_model
+from magneto_training.initialization import start_model
 from magneto_training.model_card import write_model_card
 from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.tag_data import build_vocabulary, load_pretraining_splits
-from magneto_training.trainer import MagnetoTrainer, check_backbone_options, check_checkpoint, find_checkpoint
-from modeling_magneto import MagnetoForOutlierDetection, MagnetoProcessor
+from magneto_training.trainer import MagnetoTrainer, check_training_options, find_checkpoint
+from modeling_magneto import MagnetoForOutlierDetection
 
 
 def main() -> None:
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, PretrainingDataArguments, PretrainingArguments), passed_over=(DataArguments,)
     )
-    check_backbone_options(model_args, training_args)
+    check_training_options(model_args, training_args)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
@@ -43,17 +42,7 @@ def main() -> None:
         vocabulary = build_vocabulary(splits["train"])
 
     # Model.
-    image_mean, image_std = resolve_normalization(model_args)
-    processor = MagnetoProcessor.from_vocabulary(
-        vocabulary, model_args.image_size, image_mean, image_std, model_args.max_tags, use_images
-    )
-    model = new_model(MagnetoForOutlierDetection, processor, model_args)
-    if checkpoint is None:
-        initialize_model(model, processor, model_args, training_args.seed)
-    else:
-        check_checkpoint(checkpoint, model.config, processor)
-        # Into the memory that the interrupted run had: elsewhere, other kernels may round otherwise.
-        model.load_state_dict(MagnetoForOutlierDetection.from_pretrained(checkpoint).state_dict())
+    model, processor = start_model(MagnetoForOutlierDetection, vocabulary, model_args, training_args.seed, checkpoint)
     features = {}
     if training_args.cached_views and use_images:
         features = build_feature_caches(model, processor, splits, data_args, training_args)
@@ -79,6 +68,10 @@ def main() -> None:
         compute_metrics=compute_detection_metrics,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+
+    if training_args.int8:  # the results are those of the saved model, which is exact
+        exact = backbone_for_workers(model, processor, splits["validation"], training_args.device)
+        trainer.eval_collator = OutlierCollator(TagCollator(processor, backbone=exact), data_args.outlier_ratio)
 
     # Results.
     metrics = {"validation": trainer.predict_split("validation", validation)[0]}

@@ -12,26 +12,25 @@ from magneto_training.arguments import (
     user_errors_in_one_line,
 )
 from magneto_training.augmentation import TagAugmentation
-from magneto_training.backbone import resolve_normalization
 from magneto_training.calibration import calibrate, write_reliability_diagram
 from magneto_training.collation import AugmentedDataset, SeededDataset, TagCollator
 from magneto_training.evaluation import add_stored_rule, compute_metrics, format_metrics, write_metrics
 from magneto_training.feature_cache import build_feature_caches
 from magneto_training.figures import write_training_curves
-from magneto_training.initialization import initialize_model, new_model
+from magneto_training.initialization import start_model
 from magneto_training.model_card import write_model_card
 from magneto_training.publish import choose_widget_rows
 from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.streaming import StreamedCollator, StreamedDataset, check_streaming, load_streamed_splits
 from magneto_training.tag_data import build_vocabulary, load_training_splits
-from magneto_training.trainer import MagnetoTrainer, check_backbone_options, check_checkpoint, find_checkpoint
-from modeling_magneto import MagnetoForTagSummarization, MagnetoProcessor
+from magneto_training.trainer import MagnetoTrainer, check_training_options, find_checkpoint
+from modeling_magneto import MagnetoForTagSummarization
 
 
 def main() -> None:
     model_args, data_args, training_args = parse_arguments((ModelArguments, DataArguments, MagnetoTrainingArguments))
     check_streaming(data_args, training_args)
-    check_backbone_options(model_args, training_args)
+    check_training_options(model_args, training_args)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
@@ -47,17 +46,7 @@ def main() -> None:
             vocabulary = build_vocabulary(splits["train"])
 
     # Model.
-    image_mean, image_std = resolve_normalization(model_args)
-    processor = MagnetoProcessor.from_vocabulary(
-        vocabulary, model_args.image_size, image_mean, image_std, model_args.max_tags, use_images
-    )
-    model = new_model(MagnetoForTagSummarization, processor, model_args)
-    if checkpoint is None:
-        initialize_model(model, processor, model_args, training_args.seed)
-    else:
-        check_checkpoint(checkpoint, model.config, processor)
-        # Into the memory that the interrupted run had: elsewhere, other kernels may round otherwise.
-        model.load_state_dict(MagnetoForTagSummarization.from_pretrained(checkpoint).state_dict())
+    model, processor = start_model(MagnetoForTagSummarization, vocabulary, model_args, training_args.seed, checkpoint)
     features = {}
     if training_args.cached_views and use_images:
         features = build_feature_caches(model, processor, splits, data_args, training_args)

@@ -8,6 +8,7 @@ there. All are run in turn in one process. Status 1 where the ratio is missed.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from torchvision.transforms import v2
 from transformers import pipeline
 
 from magneto_training.arguments import PredictArguments
+from magneto_training.frozen_backbone import lacks_bfloat16
 from magneto_training.prediction import load_prediction_split
 from magneto_training.prediction_parts import load_backbone, new_accelerator, predict_dataset
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
@@ -48,10 +50,10 @@ def main() -> None:
         ways = {
             "plain": plain.predict,
             "predict.py": ours.predict,
-            "predict.py --bf16 true": lambda: ours.predict("bf16"),
         }
-        if "int8" in ours.backbones:
-            ways["predict.py --int8 true"] = lambda: ours.predict("int8")
+        for precision in ("bf16", "int8"):
+            if precision in ours.backbones:
+                ways[f"predict.py --{precision} true"] = functools.partial(ours.predict, precision)
         rates = measure(ways, args.rounds)
         print(f"| prediction, {NUM_ROWS:,} photographs | images/s, median | ratio, median of the rounds | expected |")
         print("|---|---|---|---|")
@@ -106,7 +108,9 @@ class OurPrediction:
         self.processor = MagnetoProcessor.from_vocabulary(VOCABULARY)
         self.dataset = load_prediction_split(self._arguments(), use_images=True)
         self.backbones = {}
-        for precision in (None, "bf16", *(["int8"] if self.accelerator.device.type == "cpu" else [])):
+        device = self.accelerator.device
+        possible = {None: True, "bf16": not lacks_bfloat16(device), "int8": device.type == "cpu"}
+        for precision in (name for name, is_possible in possible.items() if is_possible):
             start = time.perf_counter()
             self.backbones[precision] = load_backbone(*self._inputs(precision))
             self.seconds_to_quantize = time.perf_counter() - start  # of the last

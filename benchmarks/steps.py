@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from magneto_training.frozen_backbone import FrozenBackbone
+from magneto_training.frozen_backbone import FrozenBackbone, lacks_bfloat16
 from magneto_training.photographs import read_photograph
 from magneto_training.quantized_backbone import QuantizedBackbone
 
@@ -33,10 +33,8 @@ def main() -> None:
     options = {"bf16": False, "dataloader_num_workers": 0, "use_cpu": True}
     recipe = OurRecipe(draw_rows(NUM_BATCHES * BATCH_SIZE), "unused", options)
     model, collator = recipe.model.train(), recipe.collator
-    backbones = {
-        "float32": FrozenBackbone(model, CPU),
-        "bfloat16": FrozenBackbone(model, CPU, bf16=True),
-    }
+    dtypes = {"float32": torch.float32} | ({} if lacks_bfloat16(CPU) else {"bfloat16": torch.bfloat16})
+    backbones = {name: FrozenBackbone(model, CPU, bf16=dtype == torch.bfloat16) for name, dtype in dtypes.items()}
     indices = [list(range(start, start + BATCH_SIZE)) for start in range(0, NUM_BATCHES * BATCH_SIZE, BATCH_SIZE)]
     rows = [recipe.rows.__getitems__(batch) for batch in indices]
     augmentation = collator.read_photographs.augmentation
@@ -93,7 +91,7 @@ def main() -> None:
     gigaflops = counter.get_total_flops() / BATCH_SIZE / 1e9
     print("\n| GFLOP/s, one core | backbone | large matrices | share |")
     print("|---|---|---|---|")
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    for name, dtype in dtypes.items():
         reached = 1000 * gigaflops / milliseconds[f"backbone, {name}"]
         limit = matrix_gigaflops(dtype)
         print(f"| {name} | {reached:.0f} | {limit:.0f} | {reached / limit:.0%} |")

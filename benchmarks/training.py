@@ -32,6 +32,7 @@ from magneto_training.augmentation import TagAugmentation
 from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics
 from magneto_training.feature_cache import FeatureCache, build_feature_caches
+from magneto_training.frozen_backbone import lacks_bfloat16
 from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.trainer import MagnetoTrainer
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
@@ -56,10 +57,11 @@ def main() -> None:
         recipes = {
             "plain": PlainRecipe(rows, args.device),
             "live": OurRecipe(rows, folder, options),
-            "live, --bf16 true": OurRecipe(rows, folder, {**options, "bf16": True}),
             # Without the backbone, products are too small for bfloat16 to be quicker than its conversions.
             "cached": OurRecipe(rows, folder, options, cached_views=2),
         }
+        if not lacks_bfloat16(torch.device(args.device)):
+            recipes["live, --bf16 true"] = OurRecipe(rows, folder, {**options, "bf16": True})
         if args.device == "cpu":
             recipes["live, --int8 true"] = OurRecipe(rows, folder, {**options, "int8": True})
         rates = {name: [] for name in recipes}

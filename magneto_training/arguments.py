@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -233,9 +234,11 @@ def _check_optim_args(optim: str, optim_args: str) -> None:
                 raise UsageError(f"{name} is {value!r} in optim_args, expected true or false")
             continue
         try:
-            float(value)
+            is_number = math.isfinite(float(value))
         except ValueError:
-            raise UsageError(f"{name} is {value!r} in optim_args, expected a number") from None
+            is_number = False
+        if not is_number:
+            raise UsageError(f"{name} is {value!r} in optim_args, expected a number")
 
 
 @dataclass
@@ -507,6 +510,6 @@ def user_errors_in_one_line(command: str):
         yield
     except (UserError, OSError, SafetensorError) as error:  # also a full disk, or a folder that cannot be written
         # From a data loader's worker comes its whole traceback as the message; what we have to say is the end of it.
-        reason = str(error).rpartition(f"{type(error).__name__}: ")[2]
+        reason = str(error).rpartition(f"{type(error).__name__}: ")[2] or type(error).__name__
         print(f"{command}: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -6,6 +6,7 @@ feature maps, which are also smaller than photographs.
 """
 
 import copy
+import warnings
 
 import torch
 from torch import nn
@@ -15,6 +16,11 @@ from torch.fx.proxy import TraceError
 from modeling_magneto import MagnetoPreTrainedModel
 
 IMAGES_AT_A_TIME = 32
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether `device` is an x86 processor without AVX-512: there, PyTorch computes bfloat16 in software."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2")
 
 
 class FrozenBackbone:
@@ -29,6 +35,11 @@ class FrozenBackbone:
     """
 
     def __init__(self, model: MagnetoPreTrainedModel, device: torch.device, bf16: bool = False):
+        if bf16 and lacks_bfloat16(device):
+            warnings.warn(
+                "bf16: this processor has no instructions for bfloat16; expect a fraction of float32's speed",
+                stacklevel=2,
+            )
         self.device = device
         self.bf16 = bf16
         self.feature_map = _folded(_FeatureMap(model).to(device).eval().requires_grad_(False))

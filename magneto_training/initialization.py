@@ -1,21 +1,56 @@
-"""Where a new model starts: ImageNet weights, a pre-trained MAGNeto (section 5.2), word vectors (section 3.1)."""
+"""Where a model starts: at ImageNet weights, word vectors (section 3.1), a MAGNeto (section 5.2) or a checkpoint."""
 
+import dataclasses
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
-from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
+from modeling_magneto import MagnetoConfig, MagnetoPreTrainedModel, MagnetoProcessor
 from modeling_magneto.processing_magneto import normalize_tag
 
 from .arguments import ModelArguments, UserError
-from .backbone import prepare_backbone
+from .backbone import prepare_backbone, resolve_normalization
 
 EMBEDDING = "tag_embedder.weight"
+
+
+def start_model(
+    model_class: type[MagnetoPreTrainedModel],
+    vocabulary: Sequence[str],
+    model_args: ModelArguments,
+    seed: int,
+    checkpoint: str | None = None,
+) -> tuple[MagnetoPreTrainedModel, MagnetoProcessor]:
+    """The model of a training run and its processor: new, or as an interrupted run has left it.
+
+    Args:
+        model_class: What to train.
+        vocabulary: The tags of the training split.
+        model_args: What the model is and, without a checkpoint, where its weights come from.
+        seed: As in `initialize_model`.
+        checkpoint: A folder as of `find_checkpoint`.
+
+    Raises:
+        UserError: As `new_model`, `initialize_model` and `check_checkpoint`.
+    """
+    image_mean, image_std = resolve_normalization(model_args)
+    use_images = model_args.streams != "tag"
+    processor = MagnetoProcessor.from_vocabulary(
+        vocabulary, model_args.image_size, image_mean, image_std, model_args.max_tags, use_images
+    )
+    model = new_model(model_class, processor, model_args)
+    if checkpoint is None:
+        initialize_model(model, processor, model_args, seed)
+    else:
+        check_checkpoint(checkpoint, model.config, processor)
+        # Into the memory that the interrupted run had: elsewhere, other kernels may round otherwise.
+        model.load_state_dict(model_class.from_pretrained(checkpoint).state_dict())
+    return model, processor
 
 
 def new_model(
@@ -85,6 +120,23 @@ def load_source(folder: str) -> tuple[MagnetoPreTrainedModel, MagnetoProcessor]:
             found = f"{problem}: {len(names)}, the first is {min(names)}"
             raise UserError(f"the model {folder!r} {found}; expected what its config.json says")
     return model, processor
+
+
+def check_checkpoint(checkpoint: str, config: MagnetoConfig, processor: MagnetoProcessor) -> None:
+    """Raise `UserError` where a checkpoint belongs to another model than this run's, or to other tags."""
+    saved, saved_processor = MagnetoConfig.from_pretrained(checkpoint), MagnetoProcessor.from_pretrained(checkpoint)
+    own = {item.name for item in dataclasses.fields(MagnetoConfig)} - {
+        item.name for item in dataclasses.fields(PreTrainedConfig)
+    }
+    pairs = {name: (getattr(saved, name), getattr(config, name)) for name in sorted(own)}
+    for name in ("image_mean", "image_std"):
+        pairs[name] = tuple(list(getattr(which.image_processor, name)) for which in (saved_processor, processor))
+    # The embeddings are told apart by their places alone. How many they are, vocab_size has said before.
+    vocabularies = zip(saved_processor.vocabulary, processor.vocabulary, strict=False)
+    pairs |= {f"tag {index} of the vocabulary": tags for index, tags in enumerate(vocabularies)}
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            raise UserError(f"the checkpoint {checkpoint} has {name} {found!r}, expected {expected!r} as in this run")
 
 
 def copy_weights(

@@ -1,6 +1,5 @@
 """transformers' Trainer for MAGNeto: it also logs the separate losses and the mean gate."""
 
-import dataclasses
 import functools
 import shutil
 from collections.abc import Callable
@@ -9,13 +8,13 @@ from pathlib import Path
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedConfig, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoPreTrainedModel, MagnetoProcessor
 
-from .arguments import MagnetoTrainingArguments, ModelArguments, UsageError, UserError
+from .arguments import OPTIM_ARGS, MagnetoTrainingArguments, ModelArguments, UsageError, UserError
 from .collation import AugmentedDataset
 from .publish import files_to_publish, hub_errors, publish
 from .quantized_backbone import check_int8
@@ -221,8 +220,17 @@ def copy_endpoint(output_dir: Path) -> None:
         shutil.copyfile(HUB_FILES / name, output_dir / name)
 
 
-def check_backbone_options(model_args: ModelArguments, training_args: MagnetoTrainingArguments) -> None:
-    """Raise `UserError` where a run wants what its backbone cannot do; before rows are read, which may take hours."""
+def check_training_options(model_args: ModelArguments, training_args: MagnetoTrainingArguments) -> None:
+    """Raise `UserError` where a run wants what its optimizer or its backbone cannot do.
+
+    Before rows are read, which may take hours.
+    """
+    if training_args.optim in OPTIM_ARGS:
+        optimizer_class, options = MagnetoTrainer.get_optimizer_cls_and_kwargs(training_args)
+        try:
+            optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
+        except ValueError as error:  # a number is out of range
+            raise UsageError(f"optim is {training_args.optim.value!r}, which refuses its arguments: {error}") from None
     if model_args.streams == "tag":  # has no backbone and takes all options: one setting is for all of table 2
         return
     stages, learning_rate = model_args.num_trainable_backbone_stages, training_args.backbone_learning_rate
@@ -260,20 +268,3 @@ def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise UserError(f"resume_from_checkpoint is {wanted!r}, expected a complete checkpoint folder")
     return wanted
-
-
-def check_checkpoint(checkpoint: str, config: MagnetoConfig, processor: MagnetoProcessor) -> None:
-    """Raise `UserError` where a checkpoint belongs to another model than this run's, or to other tags."""
-    saved, saved_processor = MagnetoConfig.from_pretrained(checkpoint), MagnetoProcessor.from_pretrained(checkpoint)
-    own = {item.name for item in dataclasses.fields(MagnetoConfig)} - {
-        item.name for item in dataclasses.fields(PreTrainedConfig)
-    }
-    pairs = {name: (getattr(saved, name), getattr(config, name)) for name in sorted(own)}
-    for name in ("image_mean", "image_std"):
-        pairs[name] = tuple(list(getattr(which.image_processor, name)) for which in (saved_processor, processor))
-    # The embeddings are told apart by their places alone. How many they are, vocab_size has said before.
-    vocabularies = zip(saved_processor.vocabulary, processor.vocabulary, strict=False)
-    pairs |= {f"tag {index} of the vocabulary": tags for index, tags in enumerate(vocabularies)}
-    for name, (found, expected) in pairs.items():
-        if found != expected:
-            raise UserError(f"the checkpoint {checkpoint} has {name} {found!r}, expected {expected!r} as in this run")

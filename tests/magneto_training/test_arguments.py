@@ -264,6 +264,7 @@ def test_training_arguments_out_of_range_are_named(name, value, message):
         ("sgd", "momentum=0.9, fused=true", "optim_args has 'fused' for sgd"),
         ("sgd", "weight_decay=0.1", "optim_args has 'weight_decay' .*; --weight_decay is an option"),
         ("sgd", "momentum=much", "momentum is 'much' in optim_args, expected a number"),
+        ("sgd", "momentum=nan", "momentum is 'nan' in optim_args, expected a number"),
         ("sgd", "momentum=0.9=1", "momentum is '0.9=1' in optim_args, expected a number"),
         ("sgd", "momentum=0.9,nesterov=on", "nesterov is 'on' in optim_args, expected true or false"),
         ("rmsprop", "dampening=0.9", "optim_args has 'dampening' for rmsprop"),

@@ -5,7 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from magneto_training.arguments import ModelArguments, UserError
-from magneto_training.initialization import copy_weights, init_tag_vectors, initialize_model, load_source
+from magneto_training.initialization import (
+    check_checkpoint,
+    copy_weights,
+    init_tag_vectors,
+    initialize_model,
+    load_source,
+)
 from modeling_magneto import (
     MagnetoConfig,
     MagnetoForOutlierDetection,
@@ -279,3 +285,26 @@ def test_a_missing_or_damaged_file_is_named(tiny_config, tmp_path):
     for name in ("missing.txt", "vectors.txt.gz"):
         with pytest.raises(UserError, match=f"{name}.*cannot be read"):
             init_tag_vectors(model, processor, str(tmp_path / name), seed=0)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_field(tiny_config, processor, tmp_path):
+    tiny_config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    check_checkpoint(str(tmp_path), tiny_config, processor)
+    with pytest.raises(UserError, match="has hidden_size 16, expected 32 as in this run"):
+        check_checkpoint(str(tmp_path), MagnetoConfig(**{**tiny_config.to_dict(), "hidden_size": 32}), processor)
+
+
+def test_a_checkpoint_of_other_tags_or_colours_is_refused(tiny_config, processor, tmp_path):
+    tiny_config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    tags = processor.vocabulary  # as many in each run, so that the configurations are the same
+    for changes, message in (
+        ({"tags": ["blue", "green", "pink", "red"]}, "has tag 2 of the vocabulary 'red', expected 'pink' as in this"),
+        ({"tags": tags[::-1]}, "has tag 0 of the vocabulary 'blue', expected 'yellow' as in this run"),
+        ({"image_mean": [0.5, 0.5, 0.25]}, r"has image_mean \[0.485, .*\], expected \[0.5, 0.5, 0.25\] as in this"),
+        ({"image_std": [0.5, 0.5, 0.25]}, r"has image_std \[0.229, .*\], expected \[0.5, 0.5, 0.25\] as in this run"),
+    ):
+        other = MagnetoProcessor.from_vocabulary(**{"tags": tags, "image_size": 32, **changes})
+        with pytest.raises(UserError, match=message):
+            check_checkpoint(str(tmp_path), tiny_config, other)

@@ -181,10 +181,9 @@ def test_a_damaged_file_of_a_stream_is_reported_with_its_dataset(predict, rows, 
     predict(rows, streaming=True)
     damage(tmp_path / "data" / "test.parquet")
 
-    with pytest.raises(DataError, match="data: the rows cannot be read: OSError: ") as raised:
+    name = re.escape(str(tmp_path / "data"))
+    with pytest.raises(DataError, match=rf"^{name}: the rows cannot be read: OSError: [^\n]+$"):
         predict_dataset(Accelerator(cpu=True), tiny_model, processor, predict.dataset, predict.args)
-
-    assert str(raised.value).startswith(f"{tmp_path / 'data'}: ") and "\n" not in str(raised.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad rows

@@ -18,12 +18,11 @@ from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics
 from magneto_training.photographs import undecoded
 from magneto_training.tag_data import load_training_splits
-from magneto_training.trainer import MagnetoTrainer, check_backbone_options, check_checkpoint, find_checkpoint
+from magneto_training.trainer import MagnetoTrainer, check_training_options, find_checkpoint
 from modeling_magneto import (
     MagnetoConfig,
     MagnetoForOutlierDetection,
     MagnetoForTagSummarization,
-    MagnetoProcessor,
 )
 
 
@@ -354,29 +353,6 @@ def test_other_folders_beside_checkpoints_do_no_harm(tmp_path):
     assert find_checkpoint(MagnetoTrainingArguments(output_dir=str(tmp_path))) is None
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_field(tiny_config, processor, tmp_path):
-    tiny_config.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    check_checkpoint(str(tmp_path), tiny_config, processor)
-    with pytest.raises(UserError, match="has hidden_size 16, expected 32 as in this run"):
-        check_checkpoint(str(tmp_path), MagnetoConfig(**{**tiny_config.to_dict(), "hidden_size": 32}), processor)
-
-
-def test_a_checkpoint_of_other_tags_or_colours_is_refused(tiny_config, processor, tmp_path):
-    tiny_config.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    tags = processor.vocabulary  # as many in each run, so that the configurations are the same
-    for changes, message in (
-        ({"tags": ["blue", "green", "pink", "red"]}, "has tag 2 of the vocabulary 'red', expected 'pink' as in this"),
-        ({"tags": tags[::-1]}, "has tag 0 of the vocabulary 'blue', expected 'yellow' as in this run"),
-        ({"image_mean": [0.5, 0.5, 0.25]}, r"has image_mean \[0.485, .*\], expected \[0.5, 0.5, 0.25\] as in this"),
-        ({"image_std": [0.5, 0.5, 0.25]}, r"has image_std \[0.229, .*\], expected \[0.5, 0.5, 0.25\] as in this run"),
-    ):
-        other = MagnetoProcessor.from_vocabulary(**{"tags": tags, "image_size": 32, **changes})
-        with pytest.raises(UserError, match=message):
-            check_checkpoint(str(tmp_path), tiny_config, other)
-
-
 @pytest.mark.parametrize(
     ("stages", "training", "message"),
     [
@@ -388,9 +364,9 @@ def test_a_checkpoint_of_other_tags_or_colours_is_refused(tiny_config, processor
 def test_what_a_backbone_cannot_do_is_refused_where_there_is_one(tmp_path, stages, training, message):
     args = MagnetoTrainingArguments(str(tmp_path), use_cpu=True, **training)
     with pytest.raises(UsageError, match=message):
-        check_backbone_options(ModelArguments(num_trainable_backbone_stages=stages), args)
-    check_backbone_options(ModelArguments(num_trainable_backbone_stages=0 if stages else 1), args)
-    check_backbone_options(ModelArguments(num_trainable_backbone_stages=stages, streams="tag"), args)
+        check_training_options(ModelArguments(num_trainable_backbone_stages=stages), args)
+    check_training_options(ModelArguments(num_trainable_backbone_stages=0 if stages else 1), args)
+    check_training_options(ModelArguments(num_trainable_backbone_stages=stages, streams="tag"), args)
 
 
 def test_the_backbone_can_have_a_learning_rate_of_its_own(make_trainer):
@@ -408,6 +384,21 @@ def test_the_backbone_can_have_a_learning_rate_of_its_own(make_trainer):
     make_trainer({"streams": "tag"}, backbone_learning_rate=0.25).create_optimizer()  # one setting for all of table 2
     with pytest.raises(UsageError, match="backbone_learning_rate is -1"):
         make_trainer(backbone_learning_rate=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"optim_args": "momentum=-1"}, "'sgd', which refuses its arguments: Invalid momentum"),
+        ({"optim_args": "nesterov=true"}, "'sgd', which refuses its arguments: Nesterov momentum requires a momentum"),
+        ({"optim": "adamw_torch", "adam_beta1": 1.5}, "'adamw_torch', which refuses its arguments: Invalid beta"),
+    ],
+    ids=str,
+)
+def test_values_that_an_optimizer_refuses_show_before_rows_are_read(tmp_path, options, found):
+    args = MagnetoTrainingArguments(output_dir=str(tmp_path), **options)
+    with pytest.raises(UsageError, match=f"^optim is {found}"):
+        check_training_options(ModelArguments(), args)
 
 
 def test_saving_takes_away_what_was_made_of_other_weights(make_trainer, tmp_path):
