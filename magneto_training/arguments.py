@@ -64,7 +64,7 @@ def _check_backbone(name: str) -> None:
 
 INT8_HELP = (
     "Without a GPU, run the frozen backbone in 8-bit integers: three to four times as fast on processors with VNNI, "
-    "and there scores differ by 0.01 in the mean, single ones by more. Needs the extra export."
+    "twice on others. Scores differ by 0.01 in the mean, single ones by more. Needs the extra export."
 )
 
 

@@ -7,11 +7,13 @@ is checked once.
 import ast
 import csv
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -30,7 +32,7 @@ from huggingface_hub import metadata_load
 from modeling_magneto.processing_magneto import normalize_tag
 
 from .arguments import DataArguments, PretrainingDataArguments, RowArguments, UserError
-from .photographs import TOO_LARGE, UNREADABLE, find_photograph_problem, undecoded
+from .photographs import find_photograph_problem, undecoded
 
 TABLE_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLIT_WORDS = {
@@ -38,6 +40,8 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "eval"), "test"),
 }
+ADJACENT_TEXTS = re.compile(r"""['"]\s+['"]""")  # numpy's ['sky' 'sea'], to Python the one text "skysea"
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can spell and nothing can write again
 MAX_REPORTED_ITEMS = 5
 ROWS_PER_CHECKING_PROCESS = 50_000
 
@@ -107,13 +111,32 @@ def _load_tables(paths: list[Path], streaming: bool, columns: Sequence[str] | No
         options["columns"] = list(columns)
     if builder == "csv":
         # Every cell as it is written: an id keeps its zeros, and a tag may be called "null".
-        with paths[0].open(encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file), [])
+        header = _read_header(paths)
         options = {
             "features": datasets.Features({name: datasets.Value("string") for name in header}),
             "keep_default_na": False,
         }
     return load_dataset(builder, data_files=list(map(str, paths)), split="train", streaming=streaming, **options)
+
+
+def _read_header(paths: list[Path]) -> list[str]:
+    """The column names of the first CSV file.
+
+    In all of them the first row is looked at: pandas takes surplus cells, as of tags without quotation marks, for an
+    index, and moves the others to wrong columns. In later rows it calls them an error.
+    """
+    headers = []
+    for path in paths:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            headers.append(next(rows, []))
+            row = next(filter(None, rows), [])
+            if len(row) > len(headers[-1]):
+                raise DataError(
+                    f"{path}, line {rows.line_num}: found {len(row)} cells, expected {len(headers[-1])}; "
+                    "a list of tags needs quotation marks"
+                )
+    return headers[0]
 
 
 def _find_tables(folder: Path) -> dict[tuple[str, Path], list[Path]]:
@@ -122,9 +145,8 @@ def _find_tables(folder: Path) -> dict[tuple[str, Path], list[Path]]:
     It knows from the `configs` in a README, and from the `metadata` tables of its image folders. Without them it would
     take a folder with more photographs than tables for an image folder.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    tables = [path for path in files if path.suffix.lower() in TABLE_BUILDERS]
+    tables = sorted(path for path in map(Path, _files_below(folder)) if path.suffix.lower() in TABLE_BUILDERS)
+    tables = [path for path in tables if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     # What predict.py writes is no table of rows.
     tables = [path for path in tables if not (path.name.endswith(".metrics.json") or path.parent.suffix == ".parts")]
     if _has_configs(folder / "README.md") or any(map(_describes_image_folder, tables)):
@@ -136,6 +158,16 @@ def _find_tables(folder: Path) -> dict[tuple[str, Path], list[Path]]:
     for path in sorted(tables, key=lambda path: list(SPLIT_WORDS.values()).index(_split_of(path, folder))):
         splits.setdefault((_split_of(path, folder), path.parent), []).append(path)
     return splits
+
+
+def _files_below(folder: str | os.PathLike) -> Iterator[os.DirEntry]:
+    """Every file below a folder, one at a time: there may be millions of photographs."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(entry)
+            elif entry.is_file():
+                yield entry
 
 
 def _split_of(path: Path, folder: Path) -> str:
@@ -187,7 +219,23 @@ def _with_standard_columns(
                 dataset = dataset.cast_column(name, feature)
             except Exception as error:
                 raise DataError(f"{where}: column {name!r} is {features[name]}, expected {feature}") from error
+    if isinstance(dataset, Dataset) and "image" in dataset.features and dataset.info.builder_name == "parquet":
+        _check_named_photographs(dataset, where, table_folder)
     return dataset
+
+
+def _check_named_photographs(dataset: Dataset, where: str, folder: Path | None) -> None:
+    """Raise `DataError` where a Parquet file has a path that leaves its folder in place of a photograph.
+
+    A dataset may come from a stranger, and what it names may end up in a report.
+    """
+    for rows in undecoded(dataset.select_columns("image")).with_format("arrow").iter(batch_size=10_000):
+        content, paths = (pc.struct_field(rows["image"], name) for name in ("bytes", "path"))
+        for path in paths.filter(pc.and_(pc.is_null(content), pc.is_valid(paths))).to_pylist():
+            resolved = Path(os.path.realpath(path.replace("\0", "")))
+            if folder is None or not resolved.is_relative_to(os.path.realpath(folder)):
+                expected = "its bytes" if folder is None else f"its bytes, or a path inside {folder}"
+                raise DataError(f"{where}: a photograph is given as {path!r}, expected {expected}")
 
 
 def _is_text(feature) -> bool:
@@ -196,9 +244,12 @@ def _is_text(feature) -> bool:
 
 def _state_of_files(folder: Path) -> str:
     """A digest that changes with any file below the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(states).encode()).hexdigest()
+    total = 0  # a sum, which is the same in whatever order the files come
+    for file in _files_below(folder):
+        status = file.stat()
+        state = os.fsencode(file.path) + f" {status.st_size} {status.st_mtime_ns}".encode()
+        total += int.from_bytes(hashlib.sha256(state).digest())
+    return f"{total:x}"
 
 
 def _parse_table_rows(rows: dict, text_columns: list[str], folder: str | None, state: str | None) -> dict:
@@ -214,13 +265,23 @@ def _split_tags(text: str | None, column: str) -> list[str]:
     text = (text or "").strip()
     if not text.startswith("["):
         return [tag.strip() for tag in text.split(",")] if text else []
-    try:
-        tags = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        tags = None
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+    tags = _written_list(text)
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and not SURROGATE.search(tag) for tag in tags):
         raise DataError(f"{column} holds {text[:80]!r}, expected a list of texts, or tags separated by commas")
     return tags
+
+
+def _written_list(text: str) -> Any:
+    """What a cell spells as JSON does, or else as Python does; none where it is neither."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        if ADJACENT_TEXTS.search(text):
+            return None
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None
 
 
 def _resolve_image(path: str | None, folder: str) -> str | None:
@@ -332,7 +393,7 @@ def find_problems(rows: pa.Table, allow_unlabeled: bool) -> pa.Table:
 
     if "image" in rows.column_names:
         found = np.array([find_photograph_problem(image.as_py()) for image in rows["image"]], dtype=object)
-        for problem in (UNREADABLE, TOO_LARGE):
+        for problem in sorted(set(found) - {None}):
             report(found == problem, problem)
     tag_rows, tag_codes, names, num_tags = _encode(rows["tags"], {})
     report(num_tags == 0, "no tags")

@@ -55,26 +55,26 @@ def test_a_batch_of_any_size_has_the_features_of_each_photograph(tiny_model, pho
     torch.testing.assert_close(backbone(photographs[0]), each)
 
 
-def test_sums_that_16_bits_do_not_hold_are_right_on_every_processor():
-    # 255 * 127 twice is 64770: processors without VNNI would stop at 32767.
+@pytest.mark.parametrize(("saturates", "largest"), [(True, 64), (False, 127)])
+def test_weights_have_7_bits_only_where_the_sums_of_8_would_overflow(
+    tiny_model, photographs, monkeypatch, saturates, largest
+):
+    monkeypatch.setattr(quantized_backbone, "_saturates", lambda: saturates)
+    model = onnx.load_from_string(QuantizedBackbone(FrozenBackbone(tiny_model, CPU), photographs).model)
+
+    weights = [onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
+    assert max(abs(tensor.astype(int)).max() for tensor in weights if tensor.dtype == np.int8) == largest
+
+
+def test_sums_of_7_bit_weights_are_right_on_every_processor():
+    # 255 * 64 twice is 32640: processors without VNNI would stop at 32767.
     product = onnx.parser.parse_model(
         """<ir_version: 8, opset_import: ["": 13]>
-        product (uint8[1, 2] a) => (int32[1, 1] c) <int8[2, 1] b = {127, 127}> { c = MatMulInteger(a, b) }"""
+        product (uint8[1, 2] a) => (int32[1, 1] c) <int8[2, 1] b = {64, 64}> { c = MatMulInteger(a, b) }"""
     )
     session = quantized_backbone._open(product.SerializeToString())
 
-    assert session.run(None, {"a": np.full((1, 2), 255, np.uint8)})[0].tolist() == [[64770]]
-
-
-def test_slower_sums_are_asked_for_only_where_the_others_would_be_wrong(monkeypatch):
-    monkeypatch.setattr("onnxruntime.InferenceSession", lambda model, options, providers: options)
-
-    monkeypatch.setattr(quantized_backbone, "_saturates", lambda: True)
-    assert quantized_backbone._open(b"").get_session_config_entry("session.x64quantprecision") == "1"
-
-    monkeypatch.setattr(quantized_backbone, "_saturates", lambda: False)
-    with pytest.raises(RuntimeError, match="does not have configuration with key: session.x64quantprecision"):
-        quantized_backbone._open(b"").get_session_config_entry("session.x64quantprecision")
+    assert session.run(None, {"a": np.full((1, 2), 255, np.uint8)})[0].tolist() == [[32640]]
 
 
 def test_features_with_an_error_as_large_as_themselves_are_refused(tiny_model, photographs, monkeypatch):

@@ -20,9 +20,9 @@ from magneto_training.tag_data import (
 )
 
 
-def photograph(color="red") -> bytes:
+def photograph(color="red", size=(8, 8)) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
+    Image.new("RGB", size, color).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -155,9 +155,27 @@ def test_cells_of_a_csv_are_read_as_they_are_written(tmp_path):
     assert {problem: len(items) for problem, items in report.problems.items()} == {"no item_id": 1}
 
 
-def test_a_cell_that_only_looks_like_a_list_is_an_error(tmp_path):
-    write_csv(tmp_path / "train.csv", [{"item_id": "1", "tags": '["red", sea'}])
-    with pytest.raises(DataError, match="tags holds .*red.* expected a list of texts"):
+@pytest.mark.parametrize("cell", ['["red", sea', "['red' 'sea']", "['red'\n 'sea']", '["red", "\\ud83d"]', "[1, 2]"])
+def test_a_cell_that_only_looks_like_a_list_is_an_error(tmp_path, cell):
+    write_csv(tmp_path / "train.csv", [{"item_id": "1", "tags": cell}])
+    with pytest.raises(DataError, match="tags holds .* expected a list of texts"):
+        load_tag_dataset(str(tmp_path))
+
+
+def test_a_list_in_a_cell_is_read_as_json(tmp_path):
+    write_csv(
+        tmp_path / "train.csv", [{"item_id": "1", "tags": json.dumps(["a/b", "\U0001f600"]).replace("/", "\\/")}]
+    )
+
+    assert load_tag_dataset(str(tmp_path))["train"]["tags"][:] == [["a/b", "\U0001f600"]]
+
+
+@pytest.mark.parametrize("row", ["1,beach,ocean", "\n1,a,b,c,d"])
+def test_tags_without_quotation_marks_are_an_error(tmp_path, row):
+    (tmp_path / "train-0.csv").write_text('item_id,tags\n0,"beach,ocean"\n')
+    (tmp_path / "train-1.csv").write_text(f"item_id,tags\n{row}\n2,beach\n")
+
+    with pytest.raises(DataError, match=r"train-1.csv, line [23]: found [35] cells, expected 2; .* quotation marks$"):
         load_tag_dataset(str(tmp_path))
 
 
@@ -236,6 +254,26 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path, path):
         load_tag_dataset(str(folder))
 
 
+@pytest.mark.parametrize("path", ["{outside}", "http://127.0.0.1:1/a.png", "a.png"])
+def test_a_photograph_that_parquet_names_outside_of_its_folder_is_refused(tmp_path, path):
+    write_photographs(tmp_path, secret="red")
+    (tmp_path / "photos").mkdir()
+    path = path.replace("{outside}", str(tmp_path / "secret.png"))
+    rows = [{"item_id": "1", "image": {"bytes": photograph(), "path": "b.png"}, "tags": ["x"]}]
+    rows.append({**rows[0], "image": {"bytes": None, "path": path}})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "photos" / "train.parquet")
+
+    with pytest.raises(
+        DataError, match=rf"train: a photograph is given as '{path}', expected .* path inside .*photos$"
+    ):
+        load_tag_dataset(str(tmp_path / "photos"))
+
+    write_photographs(tmp_path / "photos", a="red")
+    rows[1]["image"]["path"] = str(tmp_path / "photos" / "a.png")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "photos" / "train.parquet")
+    assert load_tag_dataset(str(tmp_path / "photos"))["train"][1]["image"].size == (8, 8)
+
+
 def test_both_csv_and_json_are_refused(tmp_path):
     write_csv(tmp_path / "train.csv", [{"item_id": 1, "tags": "x"}])
     (tmp_path / "test.jsonl").write_text('{"item_id": 1, "tags": ["x"]}\n')
@@ -275,6 +313,10 @@ BAD_ROWS = [
     ({"image": {"bytes": b"no photograph", "path": None}}, "an unreadable photograph"),
     ({"image": {"bytes": photograph()[:-30], "path": None}}, "an unreadable photograph"),
     ({"image": {"bytes": None, "path": "nowhere.png"}}, "an unreadable photograph"),
+    (
+        {"image": {"bytes": photograph(size=(510, 10)), "path": None}},
+        "a photograph more than 50 times as long as it is wide",
+    ),
     ({"tags": []}, "no tags"),
     ({"tags": None}, "no tags"),
     ({"tags": ["x", " "]}, "an empty tag"),
