@@ -204,6 +204,9 @@ POSSIBLE_VALUES = {
     "remove_unused_columns": ((False,), "the collator needs all columns"),
     "include_for_metrics": ((["inputs"],), "calibration needs to know the tags, and nothing else"),
     "batch_eval_metrics": ((False,), "metrics are those of a whole split"),
+    "eval_do_concat_batches": ((True,), "metrics are those of a whole split"),
+    "prediction_loss_only": ((False,), "metrics need the scores"),
+    "neftune_noise_alpha": ((None,), "the tags of a batch are embedded without their images"),
 }
 
 
@@ -259,7 +262,6 @@ class MagnetoTrainingArguments(TrainingArguments):
     save_total_limit: int | None = _option(1, "Checkpoints kept beside the best one.")
     load_best_model_at_end: bool = _option(True, "Save the best epoch, not the last one.")
     metric_for_best_model: str | None = _option("f1", "What the best epoch is best in, on validation.")
-    greater_is_better: bool | None = _option(True, "Whether more of that is better.")
     hub_strategy: str = _option("end", "With --push_to_hub, a model is pushed once: at the end, when it is complete.")
     include_for_metrics: list[str] = field(
         default_factory=lambda: ["inputs"], metadata={"help": "Calibration needs to know the tags."}

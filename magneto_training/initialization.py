@@ -47,7 +47,7 @@ def start_model(
     if checkpoint is None:
         initialize_model(model, processor, model_args, seed)
     else:
-        check_checkpoint(checkpoint, model.config, processor)
+        check_checkpoint(checkpoint, model, processor)
         # Into the memory that the interrupted run had: elsewhere, other kernels may round otherwise.
         model.load_state_dict(model_class.from_pretrained(checkpoint).state_dict())
     return model, processor
@@ -122,13 +122,15 @@ def load_source(folder: str) -> tuple[MagnetoPreTrainedModel, MagnetoProcessor]:
     return model, processor
 
 
-def check_checkpoint(checkpoint: str, config: MagnetoConfig, processor: MagnetoProcessor) -> None:
+def check_checkpoint(checkpoint: str, model: MagnetoPreTrainedModel, processor: MagnetoProcessor) -> None:
     """Raise `UserError` where a checkpoint belongs to another model than this run's, or to other tags."""
+    config = model.config
     saved, saved_processor = MagnetoConfig.from_pretrained(checkpoint), MagnetoProcessor.from_pretrained(checkpoint)
     own = {item.name for item in dataclasses.fields(MagnetoConfig)} - {
         item.name for item in dataclasses.fields(PreTrainedConfig)
     }
-    pairs = {name: (getattr(saved, name), getattr(config, name)) for name in sorted(own)}
+    pairs = {"architectures": (saved.architectures, [type(model).__name__])}  # of train.py or of pretrain.py
+    pairs |= {name: (getattr(saved, name), getattr(config, name)) for name in sorted(own)}
     for name in ("image_mean", "image_std"):
         pairs[name] = tuple(list(getattr(which.image_processor, name)) for which in (saved_processor, processor))
     # The embeddings are told apart by their places alone. How many they are, vocab_size has said before.
@@ -157,9 +159,19 @@ def copy_weights(
         What was copied and what was not, for people.
 
     Raises:
-        UserError: A weight has another shape in the source.
+        UserError: A part that both have is another one in the source: its backbone, its depth, the shape of a weight.
     """
     old, new = source.base_model.state_dict(), model.base_model.state_dict()
+    shared = {_part_of(name) for name in old} & {_part_of(name) for name in new}
+    if "image_feature_extractor" in shared:
+        for field in ("backbone", "backbone_kwargs"):
+            found, expected = getattr(source.config, field), getattr(model.config, field)
+            if found != expected:
+                raise UserError(f"init_from: {field} is {found!r}, expected {expected!r} as in this run")
+    for name in sorted(old.keys() ^ new.keys()):
+        if _part_of(name) in shared:
+            found, expected = ("missing", "one") if name in new else ("there", "none as in this run")
+            raise UserError(f"init_from: the weight {name} is {found}, expected {expected}")
     weights = {name: old[name] for name in new if name in old and name != EMBEDDING}
     for name in (*weights, EMBEDDING):
         found, expected = old[name].shape, new[name].shape
@@ -174,13 +186,18 @@ def copy_weights(
     model.base_model.load_state_dict({**new, **weights})
 
     known = sum(tag in carried for tag in processor.vocabulary)
-    copied = sorted({name.partition(".")[0] for name in weights} - {"tag_embedder"})
-    fresh = sorted({name.partition(".")[0] for name in new} - {name.partition(".")[0] for name in weights})
+    copied = sorted(shared - {"tag_embedder"})
+    fresh = sorted({_part_of(name) for name in new} - shared)
     fresh += [name for name, _ in model.named_children() if name != model.base_model_prefix]
     return (
         f"copied {', '.join(copied)} and the embeddings of {known} of {len(processor.vocabulary)} tags; "
         f"started afresh: {', '.join(fresh)}"
     )
+
+
+def _part_of(name: str) -> str:
+    """The part of the model that a weight belongs to, as `tag_encoder`."""
+    return name.partition(".")[0]
 
 
 def init_tag_vectors(model: MagnetoPreTrainedModel, processor: MagnetoProcessor, file: str, seed: int) -> str:

@@ -146,22 +146,33 @@ def _quantize(backbone: FrozenBackbone, photographs: Iterable[torch.Tensor]) -> 
         except torch.onnx.errors.OnnxExporterError as error:
             raise UserError(f"int8: this backbone cannot be exported: {str(error).splitlines()[0]}") from None
         program.save(exported)
-        quant_pre_process(exported, prepared)
-        quantize_static(
-            prepared,
-            quantized,
-            Reader(),
-            activation_type=QuantType.QUInt8,  # what processors multiply with signed weights
-            per_channel=True,
-            reduce_range=_saturates(),  # weights of 7 bits; exact sums of 8-bit ones take an eighth longer
-        )
-        model = quantized.read_bytes()
+        with _onnx_errors_in_one_line():
+            quant_pre_process(exported, prepared)
+            quantize_static(
+                prepared,
+                quantized,
+                Reader(),
+                activation_type=QuantType.QUInt8,  # what processors multiply with signed weights
+                per_channel=True,
+                reduce_range=_saturates(),  # weights of 7 bits; exact sums of 8-bit ones take an eighth longer
+            )
+            model = quantized.read_bytes()
+            found = torch.from_numpy(_open(model).run(None, {"pixel_values": batches[0].numpy()})[0])
     expected = backbone(batches[0])
-    found = torch.from_numpy(_open(model).run(None, {"pixel_values": batches[0].numpy()})[0])
     error = ((found - expected).norm() / expected.norm()).item()
     if not error < LARGEST_ERROR:  # also where it is not a number
         raise UserError(f"int8: the features have a relative error of {error:.2f}, expected less than {LARGEST_ERROR}")
     return model
+
+
+@contextlib.contextmanager
+def _onnx_errors_in_one_line():
+    """What ONNX Runtime cannot do, it says with errors of its own, which have no public name."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"int8: this backbone cannot run in 8-bit integers: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """transformers' Trainer for MAGNeto: it also logs the separate losses and the mean gate."""
 
 import functools
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback, get_scheduler
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
@@ -35,8 +36,26 @@ class EpochCallback(TrainerCallback):
     def __init__(self, dataset: AugmentedDataset | StreamedDataset):
         self.dataset = dataset
 
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # A resumed run has the steps and the epoch of its checkpoint; Trainer looks at the steps alone.
+        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        if state.global_step and abs(state.epoch - state.global_step / steps) > 1.5 / steps:
+            raise UserError(
+                f"the checkpoint has taken {state.global_step} steps in {state.epoch:.2f} epochs, and an epoch of "
+                f"this run has {steps}; expected as many rows, processes and images a step as before"
+            )
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(int(state.epoch))
+
+
+class PatientStoppingCallback(EarlyStoppingCallback):
+    """Early stopping that goes on counting in a resumed run, with whatever patience that has."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
 
 
 class MagnetoTrainer(Trainer):
@@ -66,7 +85,7 @@ class MagnetoTrainer(Trainer):
         self.eval_collator = eval_collator
         callbacks = [EpochCallback(train_dataset)]
         if args.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+            callbacks.append(PatientStoppingCallback(args.early_stopping_patience))
         super().__init__(
             model=model,
             args=args,
@@ -221,16 +240,24 @@ def copy_endpoint(output_dir: Path) -> None:
 
 
 def check_training_options(model_args: ModelArguments, training_args: MagnetoTrainingArguments) -> None:
-    """Raise `UserError` where a run wants what its optimizer or its backbone cannot do.
+    """Raise `UserError` where a run wants what its optimizer, its schedule or its backbone cannot do.
 
     Before rows are read, which may take hours.
     """
+    optimizer_class, options = torch.optim.SGD, {}
     if training_args.optim in OPTIM_ARGS:
         optimizer_class, options = MagnetoTrainer.get_optimizer_cls_and_kwargs(training_args)
-        try:
-            optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
-        except ValueError as error:  # a number is out of range
-            raise UsageError(f"optim is {training_args.optim.value!r}, which refuses its arguments: {error}") from None
+    try:
+        optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
+    except ValueError as error:  # a number is out of range
+        raise UsageError(f"optim is {training_args.optim.value!r}, which refuses its arguments: {error}") from None
+    schedule, options = training_args.lr_scheduler_type, training_args.lr_scheduler_kwargs
+    try:
+        get_scheduler(schedule, optimizer, 1, 2, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"lr_scheduler_type is {schedule.value!r}, which refuses lr_scheduler_kwargs {options}: {error}"
+        ) from None
     if model_args.streams == "tag":  # has no backbone and takes all options: one setting is for all of table 2
         return
     stages, learning_rate = model_args.num_trainable_backbone_stages, training_args.backbone_learning_rate

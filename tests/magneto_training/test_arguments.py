@@ -222,6 +222,7 @@ def test_the_default_optimiser_is_the_papers(tmp_path):
     assert (args.weight_decay, args.max_grad_norm, args.lr_scheduler_type, args.warmup_steps) == (0, 0, "constant", 0)
     assert (args.per_device_train_batch_size, args.num_train_epochs) == (32, 500)
     assert (args.metric_for_best_model, args.greater_is_better, args.load_best_model_at_end) == ("f1", True, True)
+    assert not MagnetoTrainingArguments(str(tmp_path), metric_for_best_model="loss").greater_is_better
     assert args.remove_unused_columns is False
 
 
@@ -320,6 +321,9 @@ def test_early_stopping_without_anything_to_go_by_is_refused(tmp_path, changes, 
         ("remove_unused_columns", "true", "is True, expected False: the collator needs all columns"),
         ("include_for_metrics", "loss", r"is \['loss'\], expected \['inputs'\]: calibration needs to know the tags"),
         ("batch_eval_metrics", "true", "is True, expected False: metrics are those of a whole split"),
+        ("eval_do_concat_batches", "false", "is False, expected True: metrics are those of a whole split"),
+        ("prediction_loss_only", "true", "is True, expected False: metrics need the scores"),
+        ("neftune_noise_alpha", "5", "is 5.0, expected None: the tags of a batch are embedded"),
         ("train_sampling_strategy", "batch_rebalance", "is 'batch_rebalance', expected 'random' or 'sequential': how"),
     ],
 )

@@ -87,6 +87,23 @@ def test_another_width_is_refused_by_name(tiny_config, pretrained):
         copy_weights(*pretrained, model, processor)
 
 
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"backbone": "test_resnet"}, "backbone is 'test_resnet.r160_in1k', expected 'test_resnet' as in this run"),
+        ({"num_tag_layers": 3}, "the weight tag_encoder.layers.2..* is missing, expected one"),
+        ({"num_image_layers": 2}, "the weight image_encoder.layers.1..* is missing, expected one"),
+        ({"num_tag_layers": 1}, "the weight tag_encoder.layers.1..* is there, expected none as in this run"),
+        ({"tag_encoder": "feed_forward"}, "the weight tag_encoder.layers.0.attention.* is there, expected none"),
+    ],
+    ids=str,
+)
+def test_nothing_of_a_part_is_left_random_or_left_out(tiny_config, pretrained, changes, found):
+    model, processor = new_model(tiny_config, ["red"], **changes)
+    with pytest.raises(UserError, match=f"^init_from: {found}"):
+        copy_weights(*pretrained, model, processor)
+
+
 def test_a_saved_folder_is_copied_and_needs_no_backbone_weights(tiny_config, pretrained, tmp_path, capsys):
     for part in pretrained:
         part.save_pretrained(tmp_path)
@@ -287,16 +304,20 @@ def test_a_missing_or_damaged_file_is_named(tiny_config, tmp_path):
             init_tag_vectors(model, processor, str(tmp_path / name), seed=0)
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_field(tiny_config, processor, tmp_path):
-    tiny_config.save_pretrained(tmp_path)
+def test_a_checkpoint_of_another_model_is_refused_by_field(tiny_model, processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    check_checkpoint(str(tmp_path), tiny_config, processor)
+    check_checkpoint(str(tmp_path), tiny_model, processor)
+    wider = MagnetoForTagSummarization(MagnetoConfig(**{**tiny_model.config.to_dict(), "hidden_size": 32}))
     with pytest.raises(UserError, match="has hidden_size 16, expected 32 as in this run"):
-        check_checkpoint(str(tmp_path), MagnetoConfig(**{**tiny_config.to_dict(), "hidden_size": 32}), processor)
+        check_checkpoint(str(tmp_path), wider, processor)
+    found = "has architectures .'MagnetoForTagSummarization'., expected .'MagnetoForOutlierDetection'. as in this run"
+    with pytest.raises(UserError, match=found):
+        check_checkpoint(str(tmp_path), MagnetoForOutlierDetection(tiny_model.config), processor)
 
 
-def test_a_checkpoint_of_other_tags_or_colours_is_refused(tiny_config, processor, tmp_path):
-    tiny_config.save_pretrained(tmp_path)
+def test_a_checkpoint_of_other_tags_or_colours_is_refused(tiny_model, processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     tags = processor.vocabulary  # as many in each run, so that the configurations are the same
     for changes, message in (
@@ -307,4 +328,4 @@ def test_a_checkpoint_of_other_tags_or_colours_is_refused(tiny_config, processor
     ):
         other = MagnetoProcessor.from_vocabulary(**{"tags": tags, "image_size": 32, **changes})
         with pytest.raises(UserError, match=message):
-            check_checkpoint(str(tmp_path), tiny_config, other)
+            check_checkpoint(str(tmp_path), tiny_model, other)

@@ -163,6 +163,16 @@ class Branching(nn.Module):
         return features if features.sum() > 0 else -features
 
 
+def test_a_backbone_that_cannot_run_in_integers_is_an_error_in_one_line(tiny_model, photographs, monkeypatch):
+    def fail(model):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(quantized_backbone, "_open", fail)
+
+    with pytest.raises(UserError, match=r"^int8: this backbone cannot run in 8-bit integers: no kernel for this$"):
+        QuantizedBackbone(FrozenBackbone(tiny_model, CPU), photographs)
+
+
 def test_a_backbone_that_cannot_be_exported_is_an_error_in_one_line(tiny_model, photographs):
     tiny_model.magneto.image_feature_extractor.backbone = Branching().eval()
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, RepoUrl, constants
+from transformers import TrainerState
 
 from magneto_training.arguments import (
     DataArguments,
@@ -18,7 +19,12 @@ from magneto_training.collation import AugmentedDataset, TagCollator
 from magneto_training.evaluation import compute_metrics
 from magneto_training.photographs import undecoded
 from magneto_training.tag_data import load_training_splits
-from magneto_training.trainer import MagnetoTrainer, check_training_options, find_checkpoint
+from magneto_training.trainer import (
+    MagnetoTrainer,
+    PatientStoppingCallback,
+    check_training_options,
+    find_checkpoint,
+)
 from modeling_magneto import (
     MagnetoConfig,
     MagnetoForOutlierDetection,
@@ -399,6 +405,41 @@ def test_values_that_an_optimizer_refuses_show_before_rows_are_read(tmp_path, op
     args = MagnetoTrainingArguments(output_dir=str(tmp_path), **options)
     with pytest.raises(UsageError, match=f"^optim is {found}"):
         check_training_options(ModelArguments(), args)
+
+
+@pytest.mark.parametrize("schedule, options", [("cosine", {"min_rate": 0.1}), ("cosine_with_min_lr", None)])
+def test_values_that_a_schedule_refuses_show_before_rows_are_read(tmp_path, schedule, options):
+    args = MagnetoTrainingArguments(output_dir=str(tmp_path), lr_scheduler_type=schedule, lr_scheduler_kwargs=options)
+    with pytest.raises(UsageError, match=f"^lr_scheduler_type is '{schedule}', which refuses lr_scheduler_kwargs"):
+        check_training_options(ModelArguments(), args)
+
+
+def test_a_run_with_other_steps_an_epoch_does_not_go_on_with_a_checkpoint(make_trainer):
+    options = {"per_device_train_batch_size": 8, "save_steps": 3, "save_strategy": "steps", "eval_strategy": "no"}
+    options |= {"load_best_model_at_end": False, "save_total_limit": None}
+    first = make_trainer(num_train_epochs=1, **options)
+    first.train()
+    half, whole = (f"{first.args.output_dir}/checkpoint-{steps}" for steps in (3, 6))
+
+    resumed = make_trainer(num_train_epochs=2, **options)
+    resumed.train(resume_from_checkpoint=half)
+    assert resumed.state.global_step == 12
+
+    options["per_device_train_batch_size"] = 16  # as if there were another process
+    with pytest.raises(UserError, match="6 steps in 1.00 epochs, and an epoch of this run has 3; expected as many"):
+        make_trainer(num_train_epochs=3, **options).train(resume_from_checkpoint=whole)
+
+
+def test_a_resumed_run_has_the_patience_that_was_left(make_trainer):
+    trainer = make_trainer(early_stopping_patience=5)
+    (callback,) = (item for item in trainer.callback_handler.callbacks if isinstance(item, PatientStoppingCallback))
+    callback.early_stopping_patience_counter = 3
+    saved = TrainerState(stateful_callbacks=[callback])
+
+    for state, expected in ((saved, 3), (TrainerState(), 0)):
+        callback.early_stopping_patience_counter = 1
+        callback.on_train_begin(trainer.args, state, trainer.control)
+        assert (callback.early_stopping_patience, callback.early_stopping_patience_counter) == (5, expected)
 
 
 def test_saving_takes_away_what_was_made_of_other_weights(make_trainer, tmp_path):
