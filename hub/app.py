@@ -107,9 +107,17 @@ def rank(
     known = set(summarizer.processor.vocabulary)
     return {
         "result": [{**item, "known": item["label"] in known} for item in result],
-        "square": None if photograph is None else ImageOps.fit(photograph, SHOWN_SIZE),
+        "square": None if photograph is None else ImageOps.fit(as_rgb(photograph), SHOWN_SIZE),
         "shown": 0,
     }
+
+
+def as_rgb(photograph: Image.Image) -> Image.Image:
+    """A photograph of any mode in the colours in which the processor shows it to the model."""
+    if photograph.mode.startswith("I;16") or (photograph.mode == "I" and photograph.format in ("PNG", "PPM")):
+        # 16-bit grey, of which `convert("RGB")` would make everything white.
+        photograph = photograph.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
+    return photograph.convert("RGB")
 
 
 def ranking(result: list[dict], shown: int) -> str:
@@ -212,6 +220,7 @@ def build(summarizer: Pipeline, name: str) -> gr.Blocks:
                 photograph = gr.Image(
                     label="Photograph",
                     type="pil",
+                    image_mode=None,  # as it is: "RGB" would make 16-bit grey white
                     height=300,
                     sources=["upload", "clipboard"],
                     visible=use_images,

@@ -44,6 +44,8 @@ RULE_SENTENCES = {
     "threshold": "Tags with a score of at least 0.5 are chosen.",
     "expected_f1": "The tags with the highest expected F1 of an image are chosen.",
 }
+# What stands before and after an id where a card loads a model.
+BEFORE_ID, AFTER_ID = r'(\bfrom_pretrained\("|\bmodel="|--init_from |\bmagneto_training\.export )', r'(?=["`\s]|$)'
 
 
 def write_model_card(
@@ -122,9 +124,12 @@ def write_model_card(
 
 def name_model(card: ModelCard, repo_id: str) -> None:
     """Call the model of a card `repo_id` from now on: in its title, its metadata, and the code that loads it."""
-    old_name, name = card.data.model_name, repo_id.rpartition("/")[2]
-    card.data.model_name = name
+    title = re.search(r"^# (.+)", card.text, re.MULTILINE)
+    old_name = card.data.model_name or (title[1] if title else "")  # without results, the metadata have no name
+    card.data.model_name = name = repo_id.rpartition("/")[2]
     text = card.text.replace(f"# {old_name}\n", f"# {name}\n", 1)
-    text = re.sub(r'((?:from_pretrained\(|model=)")[^"]+', rf"\g<1>{repo_id}", text)
-    text = re.sub(r"(--init_from |magneto_training\.export )\S+", rf"\g<1>{repo_id}", text)
+    # Its owner may have written of other models, even of one with the same name: its own id comes first.
+    old_id = re.search(rf"{BEFORE_ID}((?:[\w.-]+/)?{re.escape(old_name)}){AFTER_ID}", text)
+    if old_id is not None:
+        text = re.sub(f"{BEFORE_ID}{re.escape(old_id[2])}{AFTER_ID}", rf"\g<1>{repo_id}", text)
     card.content = f"---\n{card.data.to_yaml()}\n---\n{text}"

@@ -21,7 +21,7 @@ from .arguments import CommandParser, UsageError, UserError, user_errors_in_one_
 from .initialization import load_source
 from .model_card import name_model
 from .prediction import load_model
-from .tag_data import checked_split, load_tag_dataset
+from .tag_data import check_columns, checked_split, load_tag_dataset
 
 # Everything else stays at home: checkpoints, logs, the state of the training, and above all pickles.
 PUBLISHED_FILES = (
@@ -153,7 +153,9 @@ def _jpeg(image: Image.Image) -> bytes:
     image = upright_rgb(image)
     scale = min(1, WIDGET_SIZE / min(image.size))
     file = io.BytesIO()
-    image.resize([round(side * scale) for side in image.size]).save(file, "JPEG", quality=90)
+    image = image.resize([round(side * scale) for side in image.size])
+    image.info = {}  # of which Pillow would write the comment, and some releases more, into the new file
+    image.save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
@@ -164,6 +166,7 @@ def _load_widget_rows(model_dir: str, dataset_name: str, split: str, count: int)
     splits = load_tag_dataset(dataset_name)
     if split not in splits:
         raise UserError(f"{dataset_name}: split {split!r} is missing, found {', '.join(splits)}")
+    check_columns(splits[split], f"{dataset_name}, {split}", ["tags"])  # the others with the rows
     rows = choose_widget_rows(splits[split], count)
     return checked_split(rows, f"{dataset_name}, {split}", use_images=True, use_labels=False, skip_bad_rows=False)
 

@@ -248,5 +248,7 @@ def _square(image: dict | None) -> str | None:
         return None
     size = min(PHOTOGRAPH_SIZE, *photograph.size)
     buffer = io.BytesIO()
-    ImageOps.fit(photograph, (size, size)).save(buffer, "JPEG", quality=80)
+    square = ImageOps.fit(photograph, (size, size))
+    square.info = {}  # the camera's notes, of which Pillow would write some into the new file
+    square.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

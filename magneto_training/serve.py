@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import JSONResponse
+    from starlette.datastructures import QueryParams
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 except ImportError as error:
@@ -57,7 +58,8 @@ def load_handler(model_dir: str) -> Callable[[dict], list[dict]]:
 def create_app(handler: Callable[[dict], list[dict]]) -> FastAPI:
     """The routes: `POST /` for requests, `GET /health`.
 
-    A body is JSON, `{"inputs": base64, "parameters": {...}}`, or an image with the parameters in the query string.
+    A body is JSON, `{"inputs": base64, "parameters": {...}}`, or an image with the parameters in the query string,
+    where `candidate_labels` may stand several times.
     An error is `{"error": reason}` with status 400 (a bad request), 408 (a body that is too slow), 413 (one that is
     too large), 415 (neither JSON nor an image) or 500 (our own mistake). No more than `MAX_REQUESTS` are read and
     answered at a time; the others wait unread.
@@ -105,7 +107,7 @@ async def _read_body(request: Request) -> bytearray:
     return body
 
 
-def _answer(handler: Callable, content_type: str, body: bytearray, query: Mapping[str, str]) -> JSONResponse:
+def _answer(handler: Callable, content_type: str, body: bytearray, query: QueryParams) -> JSONResponse:
     """In a thread of the pool."""
     try:
         return JSONResponse(handler(_read_request(content_type, body, query)))
@@ -118,15 +120,24 @@ def _answer(handler: Callable, content_type: str, body: bytearray, query: Mappin
         return _error(500, "the server has failed at this request")
 
 
-def _read_request(content_type: str, body: bytearray, query: Mapping[str, str]) -> Any:
+def _read_request(content_type: str, body: bytearray, query: QueryParams) -> Any:
     if content_type.startswith("image/"):  # as text, for the handler's checks of size and format
-        return {"inputs": base64.b64encode(body).decode(), "parameters": dict(query)}
+        return {"inputs": base64.b64encode(body).decode(), "parameters": _read_query(query)}
     if content_type != "application/json":
         raise HTTPException(415, f"the body is {content_type}, expected application/json or an image")
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
         raise ValueError("the body is no JSON") from None
+
+
+def _read_query(query: QueryParams) -> dict[str, str]:
+    """The parameters in a query string, of which some clients send a list of tags as one parameter for each."""
+    for name in query:
+        if name != "candidate_labels" and (times := len(query.getlist(name))) > 1:
+            raise ValueError(f"{name[:80]!r} is in the query {times} times, expected once")
+    labels = query.getlist("candidate_labels")
+    return {**query, "candidate_labels": ",".join(labels)} if labels else dict(query)
 
 
 def _error(status: int, reason: str) -> JSONResponse:

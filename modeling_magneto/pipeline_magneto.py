@@ -3,17 +3,15 @@
 import math
 import os
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Pipeline
-from transformers.image_utils import is_valid_image, load_image
+from transformers.image_utils import is_valid_image
 from transformers.utils import ModelOutput
 
-from .processing_magneto import normalize_tags, upright_rgb
+from .processing_magneto import load_photograph, normalize_tags
 
 
 class TagSummarizationPipeline(Pipeline):
@@ -120,7 +118,7 @@ class TagSummarizationPipeline(Pipeline):
             tags = normalize_tags(candidate_labels)
         except (TypeError, ValueError) as error:
             raise ValueError(f"candidate_labels: {error}") from None
-        image = None if image is None or not self.processor.use_images else _load_photograph(image, timeout)
+        image = None if image is None or not self.processor.use_images else load_photograph(image, timeout)
         return {"tags": tags, **self.processor(image, tags)}
 
     def _forward(self, input_tensors: dict[str, Any], return_attention: bool = False) -> dict[str, Any]:
@@ -156,22 +154,6 @@ class TagSummarizationPipeline(Pipeline):
 
 def _is_nested(candidate_labels: Any) -> bool:
     return isinstance(candidate_labels, Sequence) and isinstance(next(iter(candidate_labels), None), (list, tuple))
-
-
-def _load_photograph(image: Any, timeout: float | None) -> Image.Image:
-    """Upright, in RGB."""
-    try:
-        if isinstance(image, str) and not os.path.isfile(image):  # an address, or base64
-            return load_image(image, timeout)
-        if not isinstance(image, Image.Image):
-            image = Image.open(BytesIO(image) if isinstance(image, bytes) else image)
-        return upright_rgb(image)
-    except Exception as error:  # a file, a download, base64, and each of Pillow's decoders fail in their own way
-        found = repr(image[:60]) if isinstance(image, (str, bytes)) else f"of type {type(image).__name__}"
-        raise ValueError(
-            f"the photograph {found} cannot be read ({type(error).__name__}): "
-            "expected a path, a URL, base64 text, the bytes of a file or a PIL image"
-        ) from error
 
 
 def _heat_map(attention: torch.Tensor) -> list[list[float]]:

@@ -1,11 +1,16 @@
 """Photographs and tags to tensors, and the model's outputs back to tags."""
 
+import base64
+import binascii
 import functools
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from typing import Any
 
 import torch
+from huggingface_hub.utils import httpx  # as transformers does: httpx or its successor, whichever is there
 from PIL import ExifTags, Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -85,6 +90,43 @@ def upright_rgb(photograph: Image.Image) -> Image.Image:
         photograph = photograph.transpose(turn)
         photograph.info = {}  # where the orientation stood: whoever looks again must not turn it once more
     return photograph if photograph.mode == "RGB" else photograph.convert("RGB")
+
+
+def load_photograph(image: Any, timeout: float | None = None) -> Image.Image:
+    """Open a photograph of any form: upright, in RGB, and with the same pixels whichever way it came.
+
+    Args:
+        image: A path, a URL, base64 text, a data URL, the bytes of a file, or a PIL image.
+        timeout: Seconds to wait for the server of a URL; by default for ever.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        opened = image
+        if isinstance(opened, str) and not os.path.isfile(opened):
+            opened = _read_text(opened, timeout)
+        if not isinstance(opened, Image.Image):
+            opened = Image.open(BytesIO(opened) if isinstance(opened, bytes) else opened)
+        return upright_rgb(opened)
+    except Exception as error:  # a file, a download, base64, and each of Pillow's decoders fail in their own way
+        found = repr(image[:60]) if isinstance(image, (str, bytes)) else f"of type {type(image).__name__}"
+        raise ValueError(
+            f"the photograph {found} cannot be read ({type(error).__name__}): "
+            "expected a path, a URL, base64 text, the bytes of a file or a PIL image"
+        ) from error
+
+
+def _read_text(text: str, timeout: float | None) -> bytes:
+    """The file that an address leads to, or that base64 text or a data URL holds."""
+    if text.startswith(("http://", "https://")):
+        return httpx.get(text, timeout=timeout, follow_redirects=True).raise_for_status().content
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)  # many an encoder breaks lines
+    except binascii.Error:  # whose name, "Error", tells nobody anything
+        raise ValueError("no base64 text") from None
 
 
 class MagnetoProcessor(ProcessorMixin):
@@ -170,7 +212,8 @@ class MagnetoProcessor(ProcessorMixin):
         """Turn a batch, or a single photograph with its tags, into the model's tensors.
 
         Args:
-            images: One photograph for each list of tags; ignored by a tag-only model's processor.
+            images: One photograph for each list of tags, as of `load_photograph`, or as an array or tensor; ignored by
+                a tag-only model's processor.
             tags: A list of tags, or a list of such lists.
             important_tags: The ground truth, for `labels`: a subset of each list of tags; an empty list where it is
                 unknown.
@@ -184,8 +227,8 @@ class MagnetoProcessor(ProcessorMixin):
             and for images whose ground truth is unknown.
 
         Raises:
-            ValueError: A list is empty or holds an empty tag; photographs are missing, or their number differs from
-                that of the lists; an important tag is not among the tags.
+            ValueError: A list is empty or holds an empty tag; photographs are missing or cannot be read, or their
+                number differs from that of the lists; an important tag is not among the tags.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}, expected 'pt': the model is PyTorch's")
@@ -215,10 +258,10 @@ class MagnetoProcessor(ProcessorMixin):
     def _pixel_values(self, images: ImageInput | None, expected: int, images_kwargs: dict) -> torch.Tensor:
         if images is None or (isinstance(images, (list, tuple)) and any(image is None for image in images)):
             raise ValueError("images is missing: this model needs one photograph for each list of tags")
-        images = make_flat_list_of_images(self.image_processor.fetch_images(images))
+        # Not by `fetch_images`, which of 16-bit grey makes everything white.
+        images = make_flat_list_of_images(_load_photographs(images))
         if len(images) != expected:
             raise ValueError(f"found {len(images)} photographs for {expected} lists of tags, expected as many")
-        images = [upright_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         for image in images:
             if isinstance(image, Image.Image) and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                 raise ValueError(
@@ -317,6 +360,13 @@ class MagnetoProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         images = self.image_processor.model_input_names if self.use_images else []
         return [*self.tokenizer.model_input_names, *images]
+
+
+def _load_photographs(images: Any) -> Any:
+    """The same lists, with photographs loaded; arrays and tensors stay as they are."""
+    if isinstance(images, (list, tuple)):
+        return [_load_photographs(image) for image in images]
+    return load_photograph(images) if isinstance(images, (str, bytes, os.PathLike, Image.Image)) else images
 
 
 __all__ = ["MagnetoProcessor"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import gradio
 import numpy as np
 import pytest
+from gradio.data_classes import ImageData
 from huggingface_hub import SpaceCard
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
@@ -74,6 +75,29 @@ def test_the_heat_map_is_hot_where_the_model_looked(app):
     assert pixels.shape == (60, 60, 3)
     assert pixels.sum(-1).argmax() // 60 in range(20, 40)
     assert pixels[30, 30].sum() > pixels[10, 30].sum() > pixels[10, 10].sum()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "P"])
+def test_photographs_of_other_modes_are_ranked_and_shown_as_they_look(app, summarizers, tmp_path, mode):
+    if mode == "P":
+        dropped = photograph().convert("P", palette=Image.Palette.ADAPTIVE)
+        looks = dropped.convert("RGB")
+    else:
+        looks = photograph().convert("L")
+        dropped = Image.fromarray(np.asarray(looks).astype(np.uint16) * 257)
+    dropped.save(tmp_path / "photo.png")
+    page = app.build(summarizers["both"], "tiny")
+    (component,) = [block for block in page.blocks.values() if block.elem_id == "photograph"]
+
+    arrived = component.preprocess(ImageData(path=str(tmp_path / "photo.png"), orig_name="photo.png"))
+    ranked = app.rank(summarizers["both"], arrived, TAGS, True, 0.5)
+
+    assert arrived.mode == mode
+    expected = app.rank(summarizers["both"], looks, TAGS, True, 0.5)
+    assert ranked["result"] == expected["result"]
+    assert ranked["square"].tobytes() == expected["square"].tobytes()
+    attention = ranked["result"][0]["attention"]
+    assert np.asarray(app.heat_map(ranked["square"], attention)).std() > 10, "the photograph shows through"
 
 
 def test_the_gate_is_put_in_words(app):

@@ -175,6 +175,32 @@ def test_a_card_is_given_another_name(make_card):
     assert card.content == expected
 
 
+def test_other_models_of_a_card_keep_their_names(make_card):
+    card = make_card(hub_model_id="someone/my-model")
+    others = """
+features = MyFeatures(base_model="my-model", model="resnet")
+pipeline("image-classification", model="other/model")
+AutoModel.from_pretrained("my-model-2"), AutoModel.from_pretrained("someone/my-model-2")
+AutoModel.from_pretrained("other/my-model")
+python train.py --init_from other/start
+"""
+    card.content += others
+
+    name_model(card, "other-one/its-name")
+
+    assert card.content == make_card(hub_model_id="other-one/its-name").content + others
+
+
+def test_a_card_without_results_in_its_metadata_is_given_another_name(make_card):
+    card = make_card()
+    card.data.model_name = card.data.eval_results = None
+
+    name_model(card, "other-one/its-name")
+
+    assert card.text.lstrip().startswith("# its-name\n")
+    assert "my-model" not in card.text and 'model="other-one/its-name"' in card.text
+
+
 def test_the_limits_are_told(make_card):
     limits = " ".join(make_card().text.split("## Limits")[1].split("## Citation")[0].split())
 

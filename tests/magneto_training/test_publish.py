@@ -140,13 +140,17 @@ def test_a_card_that_names_the_model_already_is_published_as_it_is(folder):
 
 
 def test_photographs_are_published_small_and_without_the_cameras_notes(folder):
-    photograph = Image.new("RGB", (1200, 800), "red")
-    photograph.getexif()[0x010F] = "camera"
+    exif, file = Image.Exif(), BytesIO()
+    exif[0x010F] = "camera"
+    notes = {"exif": exif, "comment": b"a secret place", "xmp": b"<x>a secret place</x>"}
+    Image.new("RGB", (1200, 800), "red").save(file, "JPEG", **notes)
+    photograph = Image.open(file)
 
     files = files_to_publish(folder, "a/b", [{"image": photograph, "tags": ["red"]}])
 
     published = Image.open(BytesIO(files["widget/example_1.jpg"]))
     assert published.size == (768, 512) and not published.getexif()
+    assert "secret" in str(photograph.info) and b"secret" not in files["widget/example_1.jpg"]
 
 
 def test_examples_are_rows_whose_tags_the_widget_can_say():
@@ -211,10 +215,13 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(folder, hub, run, capsys):
         (["FOLDER", "user/a--b"], 2, "user/a--b"),
         (["FOLDER"], 2, "USER/NAME"),
         (["FOLDER", "user/tiny", "--widget_dataset", "missing"], 1, "missing"),
+        (["FOLDER", "user/tiny", "--widget_dataset", "no_tags"], 1, "no_tags, validation: column 'tags' is missing"),
     ],
 )
 def test_bad_input_ends_with_one_line(folder, hub, run, tmp_path, monkeypatch, capsys, arguments, status, expected):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "no_tags").mkdir()
+    Dataset.from_list(make_rows(3)).remove_columns("tags").to_parquet(tmp_path / "no_tags" / "validation.parquet")
 
     assert run(*(folder if argument == "FOLDER" else argument for argument in arguments)) == status
 

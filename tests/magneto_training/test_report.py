@@ -211,6 +211,18 @@ def test_the_photograph_is_the_square_that_the_model_saw(make_report):
     assert np.abs(np.asarray(shown, dtype=int) - (0, 128, 0)).max() < 8
 
 
+def test_the_cameras_notes_are_not_in_the_page(make_report):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x010F] = "a secret place"
+    Image.new("RGB", (300, 100), "red").save(file, "JPEG", exif=exif, comment=b"a secret place")
+    assert file.getvalue().count(b"secret") == 2
+
+    card = make_report(image=Image.open(file)).cards[0]
+
+    data = base64.b64decode(card["photograph"].partition("base64,")[2])
+    assert data.startswith(b"\xff\xd8") and b"secret" not in data
+
+
 def test_a_single_region_is_no_heat_map(make_report):
     page = make_report(image_size=32)
 

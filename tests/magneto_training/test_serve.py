@@ -170,6 +170,13 @@ BAD_REQUESTS = {
     "a large file": (bytes(20_000_001), "image/jpeg", "?candidate_labels=a", 400, "20000001 bytes, expected at most"),
     "no bytes": (b"", "image/jpeg", "?candidate_labels=a", 400, "no photograph"),
     "image without labels": (as_bytes(photograph()), "image/png", "", 400, "candidate_labels"),
+    "twice": (
+        as_bytes(photograph()),
+        "image/png",
+        "?candidate_labels=a&top_k=1&top_k=2",
+        400,
+        "'top_k' is in the query 2 times, expected once",
+    ),
     "bomb": (bomb(), "image/png", "?candidate_labels=a", 400, "10000 x 10000 pixels"),
     "cut short": (as_bytes(photograph())[:9000], "image/png", "?candidate_labels=a", 400, "cannot be decoded"),
 }
@@ -185,6 +192,21 @@ def test_a_bad_request_has_a_reason_and_leaves_the_server_serving(port, name):
     assert status == expected_status
     assert set(answer) == {"error"} and reason in answer["error"] and "\n" not in answer["error"]
     assert post(port, GOOD)[0] == 200
+
+
+def test_tags_in_the_query_may_be_one_parameter_or_several(port):
+    several = urllib.parse.urlencode({"candidate_labels": LABELS, "top_k": 1}, doseq=True)
+    assert several.count("candidate_labels") == 3
+
+    answers = [
+        post(port, as_bytes(photograph()), "image/png", f"?{query}")
+        for query in (several, "candidate_labels=red,blue,green&top_k=1", "candidate_labels=red,blue&" + several)
+    ]
+
+    assert [status for status, _ in answers] == [200] * 3
+    for _, answer in answers:
+        assert {item["label"] for item in answer} == set(LABELS)
+        assert [item["selected"] for item in answer] == [True, False, False]
 
 
 def test_a_body_is_taken_for_json_where_nothing_is_said(port):

@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import socket
+import struct
 import threading
 
 import datasets
@@ -41,6 +42,11 @@ def tag_only(tiny_config) -> TagSummarizationPipeline:
 def photograph(seed: int = 0, size: tuple[int, int] = (60, 40)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def deep_photograph() -> Image.Image:
+    """In 16-bit grey."""
+    return Image.fromarray(np.asarray(photograph().convert("L")).astype(np.uint16) * 257)
 
 
 def as_bytes(image: Image.Image, **options) -> bytes:
@@ -152,7 +158,10 @@ def test_a_tag_only_model_needs_no_photograph(tag_only):
 @pytest.fixture(scope="module")
 def photograph_url(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
+    (folder / "moved").mkdir()  # without a slash at the end, the server sends those who ask for it to `moved/`
     photograph().save(folder / "photo.png")
+    photograph().save(folder / "moved" / "index.html", "PNG")
+    deep_photograph().save(folder / "deep.png")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     handler.log_message = None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -180,6 +189,25 @@ def test_a_photograph_may_come_in_any_form(summarizer, tmp_path, photograph_url,
     assert_same(summarizer(image, candidate_labels=TAGS), summarizer(photograph(), candidate_labels=TAGS))
 
 
+def test_an_address_is_followed_and_what_a_server_refuses_is_told(summarizer, photograph_url, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    expected = summarizer(photograph(), candidate_labels=TAGS)
+
+    assert_same(summarizer(photograph_url.replace("photo.png", "moved"), candidate_labels=TAGS), expected)
+    with pytest.raises(ValueError, match=r"cannot be read \(HTTPStatusError\): expected a path, a URL"):
+        summarizer(photograph_url.replace("photo", "missing"), candidate_labels=TAGS)
+
+
+def test_base64_may_be_broken_into_lines_but_holds_nothing_else(summarizer):
+    lines = base64.encodebytes(as_bytes(photograph())).decode()
+    assert lines.count("\n") > 10
+
+    for text in (lines, f"data:image/png;base64,{lines}"):
+        assert_same(summarizer(text, candidate_labels=TAGS), summarizer(photograph(), candidate_labels=TAGS))
+        with pytest.raises(ValueError, match=r"cannot be read \(ValueError\)"):
+            summarizer(text + "?", candidate_labels=TAGS)
+
+
 def test_a_server_that_sends_nothing_is_not_waited_for_beyond_the_timeout(summarizer, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -199,13 +227,26 @@ def test_a_photograph_is_turned_upright(summarizer):
     assert_same(summarizer(opened, candidate_labels=TAGS), summarizer(photograph(), candidate_labels=TAGS))
 
 
-def test_16_bit_grey_keeps_its_range_whatever_way_it_comes(summarizer, tmp_path):
-    grey = photograph().convert("L")
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    deep.save(tmp_path / "deep.png")
-    expected = summarizer(grey, candidate_labels=TAGS)
+def test_16_bit_grey_keeps_its_range_whatever_way_it_comes(summarizer, tmp_path, photograph_url, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    deep, file = deep_photograph(), tmp_path / "deep.png"
+    deep.save(file)
+    encoded = base64.b64encode(file.read_bytes()).decode()
+    address = photograph_url.replace("photo", "deep")
+    expected = summarizer(photograph().convert("L"), candidate_labels=TAGS)
 
-    for image in (deep, tmp_path / "deep.png", str(tmp_path / "deep.png"), (tmp_path / "deep.png").read_bytes()):
+    for image in (deep, file, str(file), file.read_bytes(), address, encoded, f"data:image/png;base64,{encoded}"):
+        assert_same(summarizer(image, candidate_labels=TAGS), expected)
+
+
+def test_odd_exif_data_are_no_fault_of_a_photograph_whatever_way_it_comes(summarizer):
+    # Lies on its side, and has a resolution that is text, which Pillow cannot write again.
+    entries = [struct.pack("<HHII", 0x0112, 3, 1, 6), struct.pack("<HHI4s", 0x011A, 2, 4, b"odd")]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    file = as_bytes(photograph().transpose(Image.Transpose.ROTATE_90), exif=exif)
+    expected = summarizer(photograph(), candidate_labels=TAGS)
+
+    for image in (file, base64.b64encode(file).decode()):
         assert_same(summarizer(image, candidate_labels=TAGS), expected)
 
 

@@ -1,3 +1,4 @@
+import base64
 import unicodedata
 
 import numpy as np
@@ -174,6 +175,7 @@ def test_a_batch_is_its_examples_padded(processor):
         ({"tags": ["red"], "important_tags": ["blue"]}, r"important_tags\[0\]: \['blue'\] are not among the tags"),
         ({"tags": [["red"]], "important_tags": [["red"], ["red"]]}, "found 2 lists of important tags for 1 lists"),
         ({"tags": ["red"], "important_tags": [""]}, "empty tag"),
+        ({"tags": ["red"], "images": "missing.jpg"}, r"the photograph 'missing.jpg' cannot be read \(ValueError\)"),
     ],
 )
 def test_a_wrong_input_is_a_clear_error(processor, arguments, message):
@@ -222,6 +224,33 @@ def test_photographs_of_other_colour_modes_become_rgb(processor, mode):
     assert found.shape == (2, 3, 32, 32)
     expected = processor(converted.convert("RGB"), ["red"])["pixel_values"][0]
     torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["text of a path", "path", "bytes", "base64"])
+def test_16_bit_grey_keeps_its_range_whatever_way_it_comes(processor, tmp_path, kind):
+    grey, file = photograph().convert("L"), tmp_path / "deep.png"
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(file)
+    content = file.read_bytes()
+    image = {
+        "text of a path": str(file),
+        "path": file,
+        "bytes": content,
+        "base64": base64.b64encode(content).decode(),
+    }[kind]
+    expected = processor(grey, ["red"])["pixel_values"]
+
+    assert torch.equal(processor(image, ["red"])["pixel_values"], expected)
+    several = processor([image, grey], [["red"], ["blue"]])["pixel_values"]
+    assert torch.equal(several, torch.cat([expected, expected]))
+
+
+def test_photographs_may_come_as_arrays_and_tensors(processor):
+    pixels = np.array(photograph())
+    expected = processor(photograph(), ["red"])["pixel_values"]
+
+    for image in (pixels, torch.tensor(pixels).permute(2, 0, 1)):
+        torch.testing.assert_close(processor(image, ["red"])["pixel_values"], expected)
+        assert processor([image, photograph()], [["red"]] * 2)["pixel_values"].shape[0] == 2
 
 
 def test_a_tag_only_processor_takes_no_photograph():
