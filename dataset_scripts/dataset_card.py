@@ -50,13 +50,15 @@ class CardText:
 
 @dataclass
 class Statistics:
-    """Counts over the labelled splits.
+    """Counts over the labelled splits, or over `unlabeled` where there is nothing else.
 
     Attributes:
+        labelled: whether there is ground truth.
         per_image: number of tags -> images, for candidate and for important tags.
         per_tag: tag -> images, likewise.
     """
 
+    labelled: bool
     per_image: dict[str, Counter]
     per_tag: dict[str, Counter]
 
@@ -67,10 +69,10 @@ def write_card(folder: Path, text: CardText, counts: dict, short_side: int | Non
     Args:
         folder: holds the shards.
         text: what the files cannot tell.
-        counts: of the filter; `splits` among them.
+        counts: of the filter; `splits` among them, not all of them empty.
         short_side: limit of the photographs in pixels; None if there are none.
     """
-    statistics = _count_tags(folder)
+    statistics = _count_tags(folder, counts["splits"])
     (folder / "figures").mkdir(exist_ok=True)
     _draw_tags_per_image(statistics, folder / "figures/tags_per_image.png")
     _draw_class_balance(statistics, folder / "figures/class_balance.png")
@@ -88,11 +90,7 @@ def _card_data(folder: Path, text: CardText, counts: dict, with_images: bool) ->
         size_categories=[_size_category(sum(counts["splits"].values()))],
         **text.metadata,
     )
-    configs = {
-        config: {split: ours for split, ours in splits.items() if counts["splits"][ours]}
-        for config, splits in CONFIGS.items()
-    }
-    configs = {config: splits for config, splits in configs.items() if splits}
+    configs = _configs(counts["splits"])
     infos = {}
     for config, splits in configs.items():
         sizes, download_size = SplitDict(), 0
@@ -120,6 +118,14 @@ def _card_data(folder: Path, text: CardText, counts: dict, with_images: bool) ->
     return data
 
 
+def _configs(rows: dict[str, int]) -> dict[str, dict[str, str]]:
+    """Those of `CONFIGS`, and of their splits, that have rows."""
+    configs = {
+        config: {split: ours for split, ours in splits.items() if rows[ours]} for config, splits in CONFIGS.items()
+    }
+    return {config: splits for config, splits in configs.items() if splits}
+
+
 def _uncompressed_bytes(file: Path) -> int:
     metadata = pq.read_metadata(file)
     return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
@@ -135,12 +141,15 @@ def _size_category(rows: int) -> str:
     return "1M<n<10M"
 
 
-def _count_tags(folder: Path) -> Statistics:
+def _count_tags(folder: Path, rows: dict[str, int]) -> Statistics:
+    configs = _configs(rows)
+    labelled = "default" in configs
     statistics = Statistics(
+        labelled,
         {column: Counter() for column in ("tags", "important_tags")},
         {column: Counter() for column in ("tags", "important_tags")},
     )
-    for split in CONFIGS["default"].values():
+    for split in configs["default" if labelled else "unlabeled"].values():
         for shard in shards(folder, split):
             with pq.ParquetFile(shard) as file:
                 for batch in file.iter_batches(20_000, columns=["tags", "important_tags"]):
@@ -158,10 +167,13 @@ def _count_tags(folder: Path) -> Statistics:
 def _draw_tags_per_image(statistics: Statistics, path: Path) -> None:
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    for column, label, colour, shift in (
-        ("tags", "candidate tags", CANDIDATE_COLOUR, -0.2),
-        ("important_tags", "important tags", IMPORTANT_COLOUR, 0.2),
-    ):
+    bars = [("tags", "candidate tags", CANDIDATE_COLOUR, 0)]
+    if statistics.labelled:
+        bars = [
+            ("tags", "candidate tags", CANDIDATE_COLOUR, -0.2),
+            ("important_tags", "important tags", IMPORTANT_COLOUR, 0.2),
+        ]
+    for column, label, colour, shift in bars:
         counter = statistics.per_image[column]
         positions = [number + shift for number in counter]
         axes.bar(positions, counter.values(), width=0.4, color=colour, label=label)
@@ -178,8 +190,10 @@ def _draw_class_balance(statistics: Statistics, path: Path) -> None:
     shown = sorted(tagged, key=lambda tag: (-tagged[tag], tag))[:TAGS_IN_FIGURE][::-1]
     figure = Figure(figsize=(7, 1 + 0.19 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(shown, [tagged[tag] for tag in shown], color=CANDIDATE_COLOUR, label="candidate")
-    axes.barh(shown, [important[tag] for tag in shown], color=IMPORTANT_COLOUR, label="important")
+    labels = [tag.replace("$", r"\$") for tag in shown]  # what stands between two of them is TeX to Matplotlib
+    axes.barh(labels, [tagged[tag] for tag in shown], color=CANDIDATE_COLOUR, label="candidate")
+    if statistics.labelled:
+        axes.barh(labels, [important[tag] for tag in shown], color=IMPORTANT_COLOUR, label="important")
     axes.set(xlabel="images")
     axes.tick_params(axis="y", labelsize=8, length=0)
     axes.margins(y=0.01)
@@ -190,8 +204,8 @@ def _draw_class_balance(statistics: Statistics, path: Path) -> None:
 
 def _body(text: CardText, counts: dict, statistics: Statistics, short_side: int | None) -> str:
     columns = [
-        f"| `{name}` | {kind} | {meaning.format(short_side=short_side)} |"
-        for name, (kind, meaning) in COLUMNS.items()
+        f"| `{name}` | {column_type} | {meaning.format(short_side=short_side)} |"
+        for name, (column_type, meaning) in COLUMNS.items()
         if name != "image" or short_side is not None
     ]
     steps = [f"| {meaning} | {_show(counts[key])} |" for key, meaning in text.steps]
@@ -199,10 +213,24 @@ def _body(text: CardText, counts: dict, statistics: Statistics, short_side: int 
         steps.append(f"| left out: photograph missing | {counts['missing_images']:,} |")
         steps.append(f"| left out: photograph unreadable | {counts['unreadable_images']:,} |")
     splits = [f"| {name} | {rows:,} |" for name, rows in counts["splits"].items()]
+    configs = _configs(counts["splits"])
+    usage, unlabeled = [], ""
+    if "default" in configs:
+        usage.append(f'dataset = load_dataset("PATH OR HUB ID")  # {", ".join(configs["default"])}')
+    if "unlabeled" in configs:
+        usage.append('unlabeled = load_dataset("PATH OR HUB ID", "unlabeled", split="train")')
+        unlabeled = """`unlabeled` is a configuration of its own (its split is called `train`): rows with tags whose
+ground truth is unknown or unusable, for unsupervised pre-training.
+
+"""
     tags, important = (sum(statistics.per_tag[c].values()) for c in ("tags", "important_tags"))
     images = sum(statistics.per_image["tags"].values())
     num_tags = len(statistics.per_tag["tags"])
     shown = f"The {TAGS_IN_FIGURE} most frequent of the" if num_tags > TAGS_IN_FIGURE else "The"
+    kind, of_important, in_figure = "images", "", "a candidate for"
+    if statistics.labelled:
+        kind, in_figure = "labelled images", "a candidate for, and important in"
+        of_important = f"; {important:,} of them ({important / tags:.1%}) are important"
     return (
         f"""# {text.name}
 
@@ -211,8 +239,7 @@ def _body(text: CardText, counts: dict, statistics: Statistics, short_side: int 
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset("PATH OR HUB ID")  # train, validation, test
-unlabeled = load_dataset("PATH OR HUB ID", "unlabeled", split="train")
+{chr(10).join(usage)}
 ```
 
 | column | type | meaning |
@@ -223,10 +250,7 @@ unlabeled = load_dataset("PATH OR HUB ID", "unlabeled", split="train")
 |---|---|
 {chr(10).join(splits)}
 
-`unlabeled` is a configuration of its own (its split is called `train`): rows with tags whose
-ground truth is unknown or unusable, for unsupervised pre-training.
-
-## How it was made
+{unlabeled}## How it was made
 
 | step | images |
 |---|---|
@@ -234,12 +258,12 @@ ground truth is unknown or unusable, for unsupervised pre-training.
 
 ## Tags
 
-{images:,} labelled images have {tags:,} candidate tags, {tags / images:.2f} each, out of a
-vocabulary of {num_tags:,}; {important:,} of them ({important / tags:.1%}) are important.
+{images:,} {kind} have {tags:,} candidate tags, {tags / images:.2f} each, out of a
+vocabulary of {num_tags:,}{of_important}.
 
 ![Tags per image](figures/tags_per_image.png)
 
-{shown} {num_tags:,} tags, by the number of images that they are a candidate for, and important in:
+{shown} {num_tags:,} tags, by the number of images that they are {in_figure}:
 
 ![Class balance](figures/class_balance.png)
 

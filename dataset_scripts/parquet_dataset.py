@@ -7,6 +7,7 @@ everything is there; an interrupted run finds its finished shards and encoded ph
 and goes on.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -25,7 +26,7 @@ import datasets
 import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 # Where the shards of each split lie. `unlabeled` is a configuration of its own, with one split.
@@ -43,6 +44,21 @@ ROWS_PER_GROUP_WITHOUT = 2_000
 JPEG_QUALITY = 90
 MAX_JPEG_SIDE = 65_500  # libjpeg writes no longer ones
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million; Pillow refuses more, which would be a decompression bomb
+MAX_ASPECT_RATIO = 50  # as in training, which refuses longer ones
+# How a photograph is turned upright, by the orientation in its EXIF data.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What the system says of a photograph that is not there. Anything else, as of a network share that is lost, may pass.
+ERRORS_OF_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# Nor is this one the system's fault: a damaged photograph can send its reader to where no file may reach.
+ERRORS_OF_A_PHOTOGRAPH = (*ERRORS_OF_A_PATH, errno.EINVAL)
 COMMIT_EVERY = 200  # photographs; what a killed run can lose
 
 PLAN_SCHEMA = pa.schema(
@@ -152,12 +168,18 @@ class DatasetWriter:
             Counts: `missing_images`, `unreadable_images`, and the rows of every split.
 
         Raises:
-            InputError: no row is left for the train split.
+            InputError: no row is left, or none for the train split of a dataset with ground truth.
+            OSError: the disk or the network is at fault; the same run can go on later.
         """
         self._plan.close()
+        planned = {split: pq.read_metadata(self._plan.path(split)).num_rows for split in SHARD_STEMS}
+        # Without any ground truth, a dataset is its unlabeled rows.
+        needed = "train" if any(planned[split] for split in SHARD_STEMS if split != "unlabeled") else "unlabeled"
+        nothing_left = "no row is left for the train split" if needed == "train" else "no row is left"
+        if planned[needed] == 0:  # known before hours of encoding
+            raise InputError(f"{nothing_left}: the filter kept none")
         self._progress.begin(self._fingerprint(), self.folder)
-        total = sum(pq.read_metadata(self._plan.path(split)).num_rows for split in SHARD_STEMS)
-        with tqdm(total=total, desc="writing", unit="row") as bar:
+        with tqdm(total=sum(planned.values()), desc="writing", unit="row") as bar:
             for split in SHARD_STEMS:
                 self._write_split(split, bar)
 
@@ -174,14 +196,14 @@ class DatasetWriter:
             if count == 0:  # `load_dataset` stumbles over files without rows
                 for shard in shards(self.folder, split):
                     shard.unlink()
-                if split == "unlabeled":
-                    (self.folder / SHARD_STEMS[split]).parent.rmdir()
-        if rows["train"] == 0:
-            reason = "the filter kept none"
-            if faults:
-                _, item_id, path, fault = faults[0]
-                reason = f"{len(faults):,} photographs are unusable, first {item_id} {path}: {fault}"
-            raise InputError(f"no row is left for the train split: {reason}")
+        for parent in {(self.folder / stem).parent for stem in SHARD_STEMS.values()}:
+            if not any(parent.iterdir()):
+                parent.rmdir()
+        if rows[needed] == 0:
+            _, item_id, path, fault = faults[0]
+            raise InputError(
+                f"{nothing_left}: {len(faults):,} photographs are unusable, first {item_id} {path}: {fault}"
+            )
         return {
             "missing_images": kinds["missing"],
             "unreadable_images": kinds["unreadable"],
@@ -216,7 +238,11 @@ class DatasetWriter:
         """Changes when a photograph does: one that was broken or missing may be there by now."""
         try:
             status = (self._root / photograph).stat()
-        except (TypeError, ValueError, OSError):
+        except (TypeError, ValueError):  # no path, or one with a null byte
+            return b"missing"
+        except OSError as error:
+            if error.errno not in ERRORS_OF_A_PATH:  # what is finished must not be forgotten for a lost share
+                raise
             return b"missing"
         return f"{status.st_size} {status.st_mtime_ns}".encode()
 
@@ -344,8 +370,10 @@ def encode_photograph(root: Path, path: str | None, short_side: int) -> bytes:
         short_side: upper limit of the short side in pixels; smaller photographs keep their size.
 
     Raises:
-        UnusablePhotograph: missing, not an image, broken off, too large to be true, or too long
-            for a JPEG.
+        UnusablePhotograph: missing, not an image, broken off, too large to be true, too long for
+            its width or for a JPEG.
+        OSError, MemoryError: it is not the photograph that is at fault, but the machine or the
+            network.
     """
     if path is None:
         raise UnusablePhotograph("missing")
@@ -353,26 +381,50 @@ def encode_photograph(root: Path, path: str | None, short_side: int) -> bytes:
         with Image.open(root / path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels, expected sides of at most 1 : {MAX_ASPECT_RATIO}"
+                )
+            size = image.size
+            scale = short_side / min(size)
+            if scale < 1:
+                size = tuple(max(1, round(length * scale)) for length in size)
+                # A JPEG decoder can leave out the detail that the smaller size would lose anyway.
+                image.draft("RGB", size)
+            image.load()  # before its EXIF data, which may stand behind the pixels
+            turn = _turn(image)
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                 # 16-bit grey, which `convert("RGB")` would cut off at 255.
                 image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
-            scale = short_side / min(image.size)
+            image = image.convert("RGB")
             if scale < 1:
-                size = tuple(max(1, round(length * scale)) for length in image.size)
-                # A JPEG decoder can leave out the detail that the smaller size would lose anyway.
-                image.draft("RGB", size)
-                image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        if max(upright.size) > MAX_JPEG_SIDE:
-            raise ValueError(f"{upright.width} x {upright.height} pixels are too long for a JPEG")
+                image = image.resize(size, Image.Resampling.BICUBIC)
+            if turn is not None:
+                image = image.transpose(turn)
+        if max(image.size) > MAX_JPEG_SIDE:
+            raise ValueError(f"{image.width} x {image.height} pixels are too long for a JPEG")
         file = io.BytesIO()
-        upright.save(file, "JPEG", quality=JPEG_QUALITY)
+        # Pillow takes over no EXIF data, but would take over the comment: notes of the camera or of the owner.
+        image.save(file, "JPEG", quality=JPEG_QUALITY, comment=b"")
     except FileNotFoundError:
         raise UnusablePhotograph("missing") from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises a dozen kinds for files that are no photographs
+        # Of what is in a file, Pillow raises an OSError without a number.
+        if isinstance(error, OSError) and error.errno not in (None, *ERRORS_OF_A_PHOTOGRAPH):
+            raise
         why = " ".join(str(error).split()).replace(f"{root}{os.sep}", "")
         raise UnusablePhotograph(f"unreadable: {why}") from error
     return file.getvalue()
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a photograph as its camera was held; None where it is upright, or does not say."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # broken EXIF data, whose errors are of many kinds, are no fault of the pixels
+        return None
 
 
 # ----------------------------------------------------------------------------------- progress

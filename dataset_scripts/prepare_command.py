@@ -1,6 +1,7 @@
 """What the prepare commands share: their output options, and the way from items to a dataset."""
 
 import argparse
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,8 +40,11 @@ def run(prepare: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # a full disk, a folder without permission
+    except (OSError, sqlite3.Error) as error:  # a full disk, a folder without permission, a network share that is lost
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("error: out of memory", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -79,6 +83,8 @@ def write(
         print(note)
     if not args.no_images and counts["missing_images"] + counts["unreadable_images"]:
         print(f"photographs that cannot be used are listed in {args.out / 'missing_images.txt'}")
-    print(f"done: load_dataset({str(args.out)!r})")
+    labelled = any(rows for split, rows in counts["splits"].items() if split != "unlabeled")
+    arguments = [str(args.out)] if labelled else [str(args.out), "unlabeled"]
+    print(f"done: load_dataset({', '.join(map(repr, arguments))})")
     if args.push_to_hub:
         print(f"published: {upload_dataset(args.out, args.push_to_hub)}")

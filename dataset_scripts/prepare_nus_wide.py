@@ -99,6 +99,8 @@ def prepare(args: argparse.Namespace) -> None:
             f"<id>.jpg (on request at {HOMEPAGE}); --no_images makes a dataset without them"
         )
     selection = select(data)
+    if not selection.counts["kept"]:
+        raise InputError(f"{args.nus_wide_dir}: the tags of no image cover its ground truth, so that none is kept")
     items = selected_items(data, selection, folder.photographs)
     drawn = (args.nus_wide_dir / SAMPLE_MARKER).exists()
     text = SAMPLE_CARD_TEXT if drawn else CARD_TEXT

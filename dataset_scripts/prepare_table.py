@@ -3,7 +3,8 @@
 python dataset_scripts/prepare_table.py TABLE IMAGE_DIR OUT [--no_images]
 
 The table is CSV, TSV, JSON Lines or Parquet, with a row for each photograph: item id, tags,
-important tags (empty where unknown), and if you like the photograph's path below IMAGE_DIR.
+important tags (empty where unknown), and if you like the photograph's path below IMAGE_DIR. Without
+important tags, all rows are unlabeled: for pretrain.py and predict.py.
 """
 
 import argparse
@@ -33,7 +34,8 @@ def main() -> int:
     for field, meaning in {
         "id_column": "column of the item ids",
         "tags_column": "column of the tags; in the wide layout, what 0/1 columns begin with",
-        "important_tags_column": "the same for the important tags",
+        "important_tags_column": "the same for the important tags; without it important_tags, and if the table "
+        "has no such column either, all rows are unlabeled: their ground truth is unknown",
         "image_column": "column of the paths; without it, the photographs are called by item id",
         "split_column": "column that says train, validation or test; without it, a random tenth "
         "of the kept rows is test and another one validation",
@@ -41,7 +43,8 @@ def main() -> int:
         "column_separator": "between the columns of a CSV file",
     }.items():
         value = getattr(default, field)
-        parser.add_argument(f"--{field}", default=value, help=f"{meaning} (default: {value})")
+        shown = "" if value is None else f" (default: {value})"
+        parser.add_argument(f"--{field}", default=value, help=meaning + shown)
     return run(prepare, parser.parse_args())
 
 
@@ -51,8 +54,8 @@ def prepare(args: argparse.Namespace) -> None:
     text = CardText(
         name=args.table.stem,
         metadata={},
-        introduction="""Photographs with candidate tags (`tags`) and the important ones among them
-(`important_tags`), prepared by `prepare_table.py` for
+        introduction="""Photographs with candidate tags (`tags`) and, where they are known, the
+important ones among them (`important_tags`), prepared by `prepare_table.py` for
 [MAGNeto](https://arxiv.org/abs/2011.04349), extractive tags summarization.""",
         steps=STEPS,
         ending="",

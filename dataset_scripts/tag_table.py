@@ -23,6 +23,7 @@ SPLITS = ("train", "validation", "test")
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_CELL_CHARACTERS = 10_000_000  # a longer CSV cell is an unclosed quotation mark
 FLAGS = {"0": False, "1": True, "false": False, "true": True}
+IMPORTANT_TAGS_COLUMN = "important_tags"
 ADJACENT_STRINGS = re.compile(r"""['"]\s+['"]""")
 
 
@@ -36,7 +37,9 @@ class TableFormat:
             with `tag_separator` between them. A table in the wide layout has no such column, but
             one column of 0 and 1, or of booleans, for each tag instead, called
             `<tags_column>_<tag>`.
-        important_tags_column: the same for the important tags; empty or null where unknown.
+        important_tags_column: the same for the important tags; empty or null where unknown. None
+            for `important_tags`, in a table that may lack it: the ground truth of all rows is
+            unknown then.
         image_column: paths relative to the folder of photographs. Without this column the
             photograph of item `x` is `x.jpg` (or .jpeg, .png, .webp).
         split_column: `train`, `validation` or `test`; None to split at random.
@@ -46,7 +49,7 @@ class TableFormat:
 
     id_column: str = "item_id"
     tags_column: str = "tags"
-    important_tags_column: str = "important_tags"
+    important_tags_column: str | None = None
     image_column: str = "image"
     split_column: str | None = None
     tag_separator: str = ","
@@ -62,7 +65,8 @@ class TagTable:
         layout: where the table keeps what.
 
     Attributes:
-        counts: what the filter counted; complete when `items` is exhausted.
+        counts: what the filter counted; complete when `items` is exhausted. If the table has no
+            ground truth, `notes` among them says so.
 
     Raises:
         InputError: no such file or folder, another kind of file, a column is missing.
@@ -90,6 +94,10 @@ class TagTable:
         self._read = readers[path.suffix.lower()]
         self._path = path
         self._layout = layout
+        self._important_column = IMPORTANT_TAGS_COLUMN
+        if layout.important_tags_column is not None:
+            self._important_column = layout.important_tags_column
+        self._has_ground_truth = True  # until the first row is read
         self._image_dir = image_dir
         self._real_image_dir = None if image_dir is None else image_dir.resolve()
         self.counts = dict.fromkeys(
@@ -111,12 +119,14 @@ class TagTable:
         A row is kept if it has tags, has important tags, and the important ones are among its
         tags: compared as `train.py` compares them, and given in the spelling of the tags. One that
         has tags but is not kept is `unlabeled`, unless the table itself says that it is of
-        validation or test. Without a split column, of every ten kept rows one (at a seeded random
-        place) is in test and one in validation; with one, the validation rows are taken from train
-        in this way if the table has none.
+        validation or test; in a table without a column of important tags, that is every row with
+        tags. Without a split column, of every ten kept rows one (at a seeded random place) is in
+        test and one in validation; with one, the validation rows are taken from train in this way
+        if the table has none.
 
         Raises:
-            InputError: names the row and what is wrong with it.
+            InputError: names the row and what is wrong with it; or there are important tags, but
+                no row is kept.
         """
         places = self._places()
         seen: set[str] = set()
@@ -128,7 +138,7 @@ class TagTable:
                 continue
             seen.add(item_id)
             tags = self._tags(name, row, self._layout.tags_column)
-            important = self._tags(name, row, self._layout.important_tags_column)
+            important = self._important_tags(name, row)
             split = self._split(name, row)
             photograph = self._photograph(name, row, item_id)
             if not tags:
@@ -146,6 +156,12 @@ class TagTable:
             if split in (None, "train"):
                 split = next(places)
             yield Item(split, item_id, photograph, list(tags.values()), [tags[tag] for tag in important])
+        # Not a table without ground truth, but a mistake: of the separator, say.
+        if self.counts["with_tags_and_important_tags"] and not self.counts["kept"]:
+            raise InputError(
+                f"{self._path.name}: of {self.counts['with_tags_and_important_tags']:,} rows with tags and important "
+                "tags, none has all the important ones among its tags"
+            )
 
     def _places(self) -> Iterator[str]:
         """The splits of successive kept rows that the table does not place by itself."""
@@ -190,6 +206,18 @@ class TagTable:
             if tag:
                 tags.setdefault(_normal_form(tag), tag)
         return tags
+
+    def _important_tags(self, name: str, row: dict) -> dict[str, str]:
+        column = self._important_column
+        if self._has_ground_truth:
+            return self._tags(name, row, column)
+        if self._has_column(row, column):  # JSON Lines
+            raise InputError(f"{name}: found a column {column!r} that row 1 lacks, expected it in all rows or none")
+        return {}
+
+    def _has_column(self, row: dict, column: str) -> bool:
+        """Whether a row has a column of tags, or the columns of the wide layout for it."""
+        return column in row or any(field.startswith(f"{column}_") for field in row)
 
     def _wide_tags(self, name: str, row: dict, column: str) -> list[str]:
         prefix = f"{column}_"
@@ -264,6 +292,14 @@ class TagTable:
         for column in (self._layout.id_column, self._layout.split_column):
             if column is not None and column not in row:
                 raise self._missing_column(name, column, row)
+        column = self._important_column
+        # A column that the user named must be there: a slip must not make a dataset without ground truth.
+        if self._layout.important_tags_column is None and not self._has_column(row, column):
+            self._has_ground_truth = False
+            self.counts["notes"] = [
+                f"{self._path.name} has no column {column!r}: the ground truth is unknown, all rows are unlabeled "
+                "(--important_tags_column names another column)"
+            ]
 
     def _missing_column(self, name: str, column: str, row: dict) -> InputError:
         return InputError(f"{name}: no column {column!r}, found {_short(', '.join(row))}")
@@ -313,11 +349,11 @@ class TagTable:
     def _read_parquet(self) -> Iterator[tuple[int, dict]]:
         with pq.ParquetFile(self._path) as file:
             layout = self._layout
-            prefixes = (f"{layout.tags_column}_", f"{layout.important_tags_column}_")
+            prefixes = (f"{layout.tags_column}_", f"{self._important_column}_")
             named = {
                 layout.id_column,
                 layout.tags_column,
-                layout.important_tags_column,
+                self._important_column,
                 layout.image_column,
                 layout.split_column,
             }

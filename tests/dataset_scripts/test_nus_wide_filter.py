@@ -78,6 +78,14 @@ def test_each_filter_step_is_counted(tmp_path, run_script, small_nus_wide):
     assert all(row["important_tags"] == [] for row in splits["unlabeled"])
 
 
+def test_official_files_of_which_no_image_is_kept_are_an_error(tmp_path, run_script):
+    source = write_official_files(tmp_path / "nus_wide", [Row(f"a/000{i}_{i}.jpg", "sky", "sun") for i in range(4)])
+    outcome = run_script("prepare_nus_wide", source, tmp_path / "out", "--no_images")
+    assert outcome.status == 1
+    assert "none is kept" in outcome.error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_repeated_photo_id_is_kept_once_and_in_test(tmp_path, run_script):
     rows = [
         Row("a/0001_1.jpg", "sky", "sky"),

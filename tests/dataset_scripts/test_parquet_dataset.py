@@ -1,8 +1,10 @@
 """A dataset appears whole or not at all, the same every time, and `load_dataset` reads it."""
 
+import errno
 import filecmp
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +99,63 @@ runpy.run_path({str(SCRIPTS / "prepare_nus_wide.py")!r}, run_name="__main__")
     assert run_script("prepare_nus_wide", sample, tmp_path / "out").status == 0
     assert run_script("prepare_nus_wide", sample, tmp_path / "whole").status == 0
     assert same_files(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_share_that_is_lost_ends_a_run_which_goes_on_later(
+    tmp_path, run_script, sample, small_shards, count_photographs, monkeypatch
+):
+    import parquet_dataset
+
+    assert run_script("prepare_nus_wide", sample, tmp_path / "whole").status == 0
+    total = len(count_photographs.calls)
+    count_photographs.calls.clear()
+
+    def lost(*arguments):
+        if len(count_photographs.calls) >= 100:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return count_photographs(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet_dataset, "encode_photograph", lost)
+        outcome = run_script("prepare_nus_wide", sample, tmp_path / "out")
+    assert outcome.status == 1
+    assert outcome.error == f"error: [Errno {errno.ESTALE}] Stale file handle"
+    assert not (tmp_path / "out").exists()
+
+    with monkeypatch.context() as patch:  # still lost, before the first photograph is read
+        patch.setattr(parquet_dataset.DatasetWriter, "_state", failing_state(parquet_dataset.DatasetWriter._state))
+        assert run_script("prepare_nus_wide", sample, tmp_path / "out").status == 1
+
+    count_photographs.calls.clear()
+    assert run_script("prepare_nus_wide", sample, tmp_path / "out").status == 0
+    assert len(count_photographs.calls) < total - 50
+    assert same_files(tmp_path / "whole", tmp_path / "out")
+
+
+def failing_state(state):
+    """`DatasetWriter._state` on a share that is lost."""
+
+    def stat(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def failing(self, photograph):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "stat", stat)
+            return state(self, photograph)
+
+    return failing
+
+
+def test_a_full_disk_under_the_progress_file_is_one_line(tmp_path, run_script, sample, monkeypatch):
+    import parquet_dataset
+
+    def full(*arguments):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(parquet_dataset.Progress, "finish_shard", full)
+    outcome = run_script("prepare_nus_wide", sample, tmp_path / "out", "--no_images")
+    assert (outcome.status, outcome.error) == (1, "error: database or disk is full")
+    assert "Traceback" not in outcome.err
 
 
 def test_progress_on_other_options_is_not_used(tmp_path, run_script, sample, small_shards, count_photographs):

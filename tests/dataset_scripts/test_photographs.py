@@ -1,5 +1,6 @@
 """Photographs are verified, turned upright, shrunk and encoded once; a bad one is named."""
 
+import errno
 import io
 import json
 import os
@@ -38,7 +39,7 @@ def picture(width: int = 500, height: int = 375) -> Image.Image:
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((500, 375), (192, 144)), ((375, 500), (144, 192)), ((144, 300), (144, 300)),
-     ((90, 60), (90, 60)), ((3000, 2), (3000, 2)), ((1001, 777), (186, 144))],
+     ((90, 60), (90, 60)), ((3000, 60), (3000, 60)), ((1001, 777), (186, 144))],
 )  # fmt: skip
 def test_the_short_side_is_shrunk_and_never_enlarged(tmp_path, size, expected):
     picture(*size).save(tmp_path / "a.jpg")
@@ -58,6 +59,43 @@ def test_photographs_are_turned_upright(tmp_path, orientation):
     assert upright.getpixel((20, 70))[0] > 200
     assert upright.getpixel((170, 70))[2] > 200
     assert not upright.getexif()
+
+
+def test_odd_exif_data_are_no_fault_of_the_photograph(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x011A] = 0.0001
+    picture().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif)
+    data = (tmp_path / "a.jpg").read_bytes()
+    resolution_as_text = data.replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02").replace(
+        b"\x1a\x01\x05\x00", b"\x1a\x01\x02\x00"
+    )
+    assert resolution_as_text != data
+    (tmp_path / "a.jpg").write_bytes(resolution_as_text)
+    assert encode(tmp_path, "a.jpg").size == (192, 144)
+    (tmp_path / "b.jpg").write_bytes(data.replace(b"Exif\0\0", b"Exif\0\0broken"))
+    assert encode(tmp_path, "b.jpg").size == (144, 192)
+
+
+def test_no_notes_of_the_camera_or_the_owner_are_stored(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "secret camera"
+    for size in ((500, 375), (90, 60)):  # shrunk, and as it is
+        picture(*size).save(tmp_path / "a.jpg", exif=exif, comment="secret comment", xmp=b"<secret/>", dpi=(301, 301))
+        assert (tmp_path / "a.jpg").read_bytes().count(b"secret") == 3
+        encoded = encode(tmp_path, "a.jpg")
+        assert set(encoded.info) <= {"jfif", "jfif_version", "jfif_density", "jfif_unit"}
+
+
+def test_constants_are_those_of_training():
+    import parquet_dataset
+
+    from magneto_training import photographs
+    from modeling_magneto import processing_magneto
+
+    assert parquet_dataset.MAX_ASPECT_RATIO == processing_magneto.MAX_ASPECT_RATIO
+    assert parquet_dataset.TURNS == processing_magneto.TURNS
+    assert parquet_dataset.ERRORS_OF_A_PATH == photographs.ERRORS_OF_A_PATH
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1", "LA", "I;16"])
@@ -112,10 +150,42 @@ def test_a_folder_and_an_impossible_path_are_unreadable(tmp_path):
     assert fault(tmp_path, "a\0.jpg").startswith("unreadable: ")
 
 
-@pytest.mark.parametrize("size", [(66_000, 100), (70_000, 1), (1, 70_000)])
-def test_a_photograph_too_long_for_a_jpeg_is_unreadable(tmp_path, size):
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES, None])
+def test_errors_of_the_machine_are_no_fault_of_the_photograph(tmp_path, monkeypatch, error):
+    from parquet_dataset import encode_photograph
+
+    def fail(image):
+        raise MemoryError if error is None else OSError(error, os.strerror(error))
+
+    picture().save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(MemoryError if error is None else OSError):
+        encode_photograph(tmp_path, "a.png", 144)
+
+
+def test_paths_that_lead_nowhere_and_damage_are_faults_of_the_photograph(tmp_path):
+    (tmp_path / "a.jpg").write_text("no folder")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    for path in ("a.jpg/b.jpg", "loop.jpg", f"{'x' * 300}.jpg"):
+        assert fault(tmp_path, path).startswith("unreadable: "), path
+    box_of_63_bits = struct.pack(">I4sQ", 1, b"free", 2**63 - 1)
+    (tmp_path / "a.jp2").write_bytes(struct.pack(">I4s", 12, b"jP  ") + b"\r\n\x87\n" + box_of_63_bits)
+    assert fault(tmp_path, "a.jp2") == "unreadable: [Errno 22] Invalid argument"
+
+
+@pytest.mark.parametrize("size", [(1021, 20), (70_000, 1), (1, 70_000)])
+def test_a_photograph_that_training_refuses_for_its_length_is_unreadable(tmp_path, size):
     Image.new("L", size).save(tmp_path / "a.png")
-    assert fault(tmp_path, "a.png") == f"unreadable: {size[0]} x {size[1]} pixels are too long for a JPEG"
+    expected = f"unreadable: {size[0]} x {size[1]} pixels, expected sides of at most 1 : 50"
+    assert fault(tmp_path, "a.png") == expected
+    Image.new("L", (1000, 20)).save(tmp_path / "b.png")
+    assert encode(tmp_path, "b.png").size == (1000, 20)
+
+
+def test_a_photograph_too_long_for_a_jpeg_is_unreadable(tmp_path, monkeypatch):
+    monkeypatch.setattr("parquet_dataset.MAX_JPEG_SIDE", 1_000)
+    Image.new("L", (1_001, 100)).save(tmp_path / "a.png")
+    assert fault(tmp_path, "a.png") == "unreadable: 1001 x 100 pixels are too long for a JPEG"
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -70,7 +70,8 @@ def load(tmp_path, run_script):
         outcome = run_script("prepare_table", table, tmp_path, out, "--no_images", *options)
         assert outcome.status == 0, outcome.err
         cache = str(tmp_path / "cache")
-        splits = dict(datasets.load_dataset(str(out), cache_dir=cache))
+        labelled = any(out.glob("data/*.parquet"))
+        splits = dict(datasets.load_dataset(str(out), cache_dir=cache)) if labelled else {}
         if (out / "unlabeled/train-00000.parquet").exists():
             config = datasets.load_dataset(str(out), "unlabeled", cache_dir=cache)
             splits["unlabeled"] = config["train"]
@@ -304,10 +305,125 @@ def test_a_wide_table_holds_0_and_1_only(tmp_path, fails):
     assert "a.csv, row 5, tags_red car: found 'x', expected 0 or 1" in fails(table)
 
 
-@pytest.mark.parametrize("column", ["item_id", "tags", "important_tags"])
+@pytest.mark.parametrize("column", ["item_id", "tags"])
 def test_a_missing_column_is_named(tmp_path, fails, column):
     rows = [{k: v for k, v in row.items() if k != column} for row in ROWS]
     assert f"no column '{column}', found" in fails(write_csv(tmp_path / "a.csv", rows))
+
+
+@pytest.mark.parametrize("column", ["important_tag", "important_tags", ""])
+def test_a_missing_column_of_ground_truth_is_an_error_where_it_was_named(tmp_path, fails, column):
+    rows = [{k: v for k, v in row.items() if k != "important_tags"} for row in ROWS]
+    error = fails(write_csv(tmp_path / "a.csv", rows), "--important_tags_column", column)
+    assert f"no column '{column}', found" in error
+
+
+def without_ground_truth(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "important_tags"} for row in rows]
+
+
+def test_a_table_without_ground_truth_is_all_unlabeled(tmp_path, load):
+    rows = without_ground_truth(ROWS)
+    counts, splits = load(write_parquet(tmp_path / "a.parquet", rows))
+    assert counts.pop("notes") == [
+        "a.parquet has no column 'important_tags': the ground truth is unknown, all rows are unlabeled "
+        "(--important_tags_column names another column)"
+    ]
+    assert counts == {
+        "rows": 24,
+        "repeated_ids": 1,
+        "with_tags": 22,
+        "with_tags_and_important_tags": 0,
+        "not_covered": 0,
+        "covered": 0,
+        "kept": 0,
+        "missing_images": 0,
+        "unreadable_images": 0,
+        "splits": {"train": 0, "validation": 0, "test": 0, "unlabeled": 22},
+    }
+    assert splits == {"unlabeled": [row | {"important_tags": []} for row in rows[:22]]}
+    wide = write_wide(tmp_path / "whole_wide.csv", ROWS)
+    with wide.open(encoding="utf-8-sig", newline="") as file:
+        wide_rows = [
+            {k: v for k, v in row.items() if not k.startswith("important_tags_")} for row in csv.DictReader(file)
+        ]
+    for table in (
+        write_csv(tmp_path / "a.csv", rows),
+        write_json_lines(tmp_path / "a.jsonl", rows),
+        write_csv(tmp_path / "wide.csv", wide_rows),
+        write_csv(tmp_path / "empty_cells.csv", [row | {"important_tags": ""} for row in rows]),
+    ):
+        others, same_splits = load(table)
+        assert ("notes" in others) == (table.name != "empty_cells.csv")
+        others.pop("notes", None)
+        assert (others, same_splits) == (counts, splits), table.name
+
+
+def test_the_dataset_of_a_table_without_ground_truth_can_be_predicted(tmp_path, run_script, monkeypatch):
+    from huggingface_hub import DatasetCard
+
+    from magneto_training.arguments import PredictArguments
+    from magneto_training.prediction import load_prediction_split
+    from magneto_training.tag_data import load_tag_dataset
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for i in range(4):
+        Image.new("RGB", (20, 20), (50 * i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    table, out = write_csv(tmp_path / "a.csv", without_ground_truth(ROWS[:5])), tmp_path / "out"
+    outcome = run_script("prepare_table", table, tmp_path, out)
+    assert outcome.status == 0, outcome.err
+    assert f"done: load_dataset('{out}', 'unlabeled')" in outcome.out
+    assert "the ground truth is unknown" in outcome.out
+    assert not (out / "data").exists()
+
+    card = DatasetCard.load(out / "README.md")
+    assert [config["config_name"] for config in card.data.configs] == ["unlabeled"]
+    assert 'unlabeled = load_dataset("PATH OR HUB ID", "unlabeled", split="train")' in card.text
+    assert 'load_dataset("PATH OR HUB ID")' not in card.text
+    assert "4 images have 12 candidate tags, 3.00 each, out of a\nvocabulary of 5.\n" in card.text
+    assert "are important" not in card.text
+
+    rows = load_tag_dataset(str(out), "unlabeled")
+    assert {split: len(found) for split, found in rows.items()} == {"train": 4}
+    args = PredictArguments("model", str(out), str(tmp_path / "p.parquet"), dataset_config_name="unlabeled")
+    predicted = load_prediction_split(args, use_images=True)
+    assert predicted["item_id"][:] == ["00", "01", "02", "03"]
+    assert "important_tags" not in predicted.column_names
+
+
+def test_a_dataset_without_any_row_is_an_error(tmp_path, fails, run_script):
+    rows = [row | {"tags": []} for row in without_ground_truth(ROWS)]
+    assert "no row is left: the filter kept none" in fails(write_json_lines(tmp_path / "a.jsonl", rows))
+    (tmp_path / "photographs").mkdir()
+    table = write_csv(tmp_path / "b.csv", without_ground_truth(ROWS))
+    outcome = run_script("prepare_table", table, tmp_path / "photographs", tmp_path / "out")
+    assert outcome.status == 1
+    assert "no row is left: 22 photographs are unusable, first 00 00.jpg: missing" in outcome.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_train_row_is_found_before_photographs_are_encoded(tmp_path, fails, monkeypatch):
+    monkeypatch.setattr("parquet_dataset.DatasetWriter._write_split", None)
+    table = write_csv(tmp_path / "a.csv", [row | {"part": "test"} for row in ROWS[:3]])
+    error = fails(table, "--split_column", "part")
+    assert "no row is left for the train split: the filter kept none" in error
+
+
+def test_important_tags_of_which_none_is_among_the_tags_are_a_mistake(tmp_path, fails):
+    table = write_csv(tmp_path / "a.csv", [ROWS[0] | {"important_tags": "red car|été"}, ROWS[20]])
+    assert "a.csv: of 1 rows with tags and important tags, none has all" in fails(table)
+
+
+def test_ground_truth_that_begins_after_the_first_row_is_named(tmp_path, fails):
+    table = write_json_lines(tmp_path / "a.jsonl", [*without_ground_truth(ROWS[:2]), *ROWS[2:]])
+    assert "a.jsonl, row 3: found a column 'important_tags' that row 1 lacks" in fails(table)
+
+
+def test_tags_with_dollar_signs_stand_in_the_figure(tmp_path, run_script):
+    rows = [row | {"tags": ["red car", "$$", "a$b$", "\\$", "$x_$"]} for row in ROWS[:3]]
+    table = write_json_lines(tmp_path / "a.jsonl", rows)
+    outcome = run_script("prepare_table", table, tmp_path, tmp_path / "out", "--no_images")
+    assert outcome.status == 0, outcome.err
 
 
 @pytest.mark.parametrize("column", ["tags", "important_tags"])
