@@ -3,6 +3,9 @@
 CONFIG.yaml and the fields are those of train.py; interrupted, the same command goes on with the runs that are missing.
 """
 
+import signal
+import sys
+
 from magneto_training.arguments import (
     DataArguments,
     MagnetoTrainingArguments,
@@ -14,7 +17,20 @@ from magneto_training.arguments import (
 from magneto_training.reproduction import Reproduction, format_results
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def end(number: int, _) -> None:
+    """Ends this process by way of what ends its runs; another signal does not keep that from being done."""
+    for other in SIGNALS:
+        signal.signal(other, lambda *_: None)
+    sys.exit(128 + number)
+
+
 def main() -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, end)
     args, model_args, data_args, training_args = parse_arguments(
         (ReproductionArguments, ModelArguments, DataArguments, MagnetoTrainingArguments)
     )

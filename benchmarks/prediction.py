@@ -17,6 +17,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from transformers import pipeline
@@ -24,7 +25,7 @@ from transformers import pipeline
 from magneto_training.arguments import PredictArguments
 from magneto_training.frozen_backbone import lacks_bfloat16
 from magneto_training.prediction import load_prediction_split
-from magneto_training.prediction_parts import load_backbone, new_accelerator, predict_dataset
+from magneto_training.prediction_parts import load_backbone, predict_dataset
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
 
 from .training import BATCH_SIZE, VOCABULARY, PlainMagneto, PlainRows, draw_rows
@@ -46,7 +47,7 @@ def main() -> None:
         folder = Path(folder)
         (folder / "data").mkdir()
         rows.remove_columns("important_tags").to_parquet(folder / "data" / "test.parquet")
-        plain, ours = PlainPrediction(rows, args.device), OurPrediction(folder, args.workers)
+        plain, ours = PlainPrediction(rows, args.device), OurPrediction(folder, args.workers, args.device)
         ways = {
             "plain": plain.predict,
             "predict.py": ours.predict,
@@ -99,11 +100,11 @@ def latency(predict_one, photograph: Path, tags: list[str]) -> float:
 class OurPrediction:
     """predict.py's parts, and the pipeline."""
 
-    def __init__(self, folder: Path, num_workers: int):
+    def __init__(self, folder: Path, num_workers: int, device: str):
         torch.manual_seed(0)
         self.folder = folder
         self.num_workers = num_workers
-        self.accelerator = new_accelerator()
+        self.accelerator = Accelerator(cpu=device == "cpu")  # by itself it would take a GPU
         self.model = MagnetoForTagSummarization(MagnetoConfig()).eval().requires_grad_(False)
         self.processor = MagnetoProcessor.from_vocabulary(VOCABULARY)
         self.dataset = load_prediction_split(self._arguments(), use_images=True)
@@ -114,7 +115,7 @@ class OurPrediction:
             start = time.perf_counter()
             self.backbones[precision] = load_backbone(*self._inputs(precision))
             self.seconds_to_quantize = time.perf_counter() - start  # of the last
-        self.pipeline = pipeline("tag-summarization", model=self.model, processor=self.processor)
+        self.pipeline = pipeline("tag-summarization", model=self.model, processor=self.processor, device=device)
 
     def predict(self, precision: str | None = None) -> None:
         num_threads = torch.get_num_threads()

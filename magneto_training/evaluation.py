@@ -23,6 +23,7 @@ from .whole_file import whole_file
 
 THRESHOLD = 0.5
 NUM_BINS = 15  # of the calibration error
+ROWS_AT_A_TIME = 256  # of which tags are chosen: expected_f1 has a table for each, of its longest list squared
 
 
 @cache
@@ -279,12 +280,13 @@ def _check_finite(name: str, values: np.ndarray) -> None:
 
 def _evaluate_rule(outputs: dict[str, np.ndarray], labels: np.ndarray, rule: SelectionRule) -> dict[str, float]:
     """`evaluate_selection` of what a rule selects by each of the logits (images, L)."""
-    mask = torch.from_numpy(labels != IGNORED_LABEL)
-    selected = {
-        name: list(select(torch.from_numpy(_sigmoid(logits)), mask, rule).numpy().astype(np.int8))
-        for name, logits in outputs.items()
-        if name.endswith("logits")
-    }
+    mask = torch.from_numpy(labels != IGNORED_LABEL).split(ROWS_AT_A_TIME)
+    selected = {}
+    for name, logits in outputs.items():
+        if name.endswith("logits"):
+            scores = torch.from_numpy(_sigmoid(logits)).split(ROWS_AT_A_TIME)
+            parts = [select(*part, rule) for part in zip(scores, mask, strict=True)]
+            selected[name] = list(torch.cat(parts).numpy().astype(np.int8))
     return evaluate_selection(selected, list(labels.astype(np.int8)))
 
 
@@ -299,7 +301,12 @@ def main() -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help="the metrics that predict.py has written")
     with user_errors_in_one_line("evaluation"):
         files = parser.parse_args().files
-        metrics = {path.name.removesuffix(".metrics.json"): _read_metrics(path) for path in files}
+        names = [path.name for path in files]
+        metrics = {
+            # Two models' test.metrics.json are told apart by their folders.
+            str(path) if names.count(path.name) > 1 else path.name.removesuffix(".metrics.json"): _read_metrics(path)
+            for path in files
+        }
         print(format_metrics(metrics))
 
 

@@ -20,8 +20,9 @@ from modeling_magneto.processing_magneto import MAX_ASPECT_RATIO, upright_rgb
 
 from .augmentation import ImageAugmentation
 
-# What the system says of a photograph that is not there. Anything else, as of a network share that is lost, may pass.
-ERRORS_OF_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# What the system says of a photograph that is not there, or that is damaged and sends its reader to where no file may
+# reach. Anything else, as of a network share that is lost, may pass.
+ERRORS_OF_A_PHOTOGRAPH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 PIXELS_AT_A_TIME = 4_000_000  # at least, that are decoded together
 UNREADABLE = "an unreadable photograph"
 TOO_THIN = f"a photograph more than {MAX_ASPECT_RATIO} times as long as it is wide"
@@ -135,7 +136,7 @@ def _decode(image: dict | None, shortest_side: int | None) -> Image.Image:
     except Image.DecompressionBombError:
         raise _UnreadablePhotograph(TOO_LARGE) from None
     except OSError as error:
-        if error.errno not in (None, *ERRORS_OF_A_PATH):  # of what is in a file, Pillow says it without a number
+        if error.errno not in (None, *ERRORS_OF_A_PHOTOGRAPH):  # of what is in a file, Pillow says it without a number
             raise
         raise _UnreadablePhotograph(UNREADABLE) from None
     except (ValueError, SyntaxError, TypeError, struct.error, RuntimeError):  # the last one of an AVIF

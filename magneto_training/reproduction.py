@@ -10,11 +10,14 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,12 @@ ROOT = Path(__file__).parent.parent
 OF_ONE_RUN = {
     *("output_dir", "seed", "run_name", "init_from", "resume_from_checkpoint"),
     *("push_to_hub", "hub_model_id", "hub_token"),
+}
+# What would have no effect, and what is expected instead.
+EXPECTED_INSTEAD = {
+    "seed": "--seeds: every experiment is run with each of these",
+    "init_from": "none: pre-training is one of the experiments",
+    "resume_from_checkpoint": "none: the same command goes on by itself with what is missing",
 }
 METRICS = ("precision", "recall", "f1", "reducible_f1")
 
@@ -131,7 +140,7 @@ class Reproduction:
         model_args, data_args, training_args: The setting of all runs; each experiment changes what it is about.
 
     Raises:
-        UsageError: `data_args` asks for a stream.
+        UsageError: `data_args` asks for a stream, or a setting is one that each run has for itself.
         DataError: The dataset cannot be loaded.
     """
 
@@ -144,6 +153,10 @@ class Reproduction:
     ):
         if data_args.streaming:
             raise UsageError("streaming is true, expected false: pre-training and the outlier test read no stream")
+        for name, expected in EXPECTED_INSTEAD.items():
+            value = getattr(model_args if name == "init_from" else training_args, name)
+            if value != _default(name):
+                raise UsageError(f"{name} is {value!r}, expected {expected}")
         self.args = args
         self.data_args = data_args
         self.output_dir = Path(training_args.output_dir)
@@ -238,16 +251,25 @@ class Reproduction:
     def _in_stages(self, make: Callable[[Run], Run], stages: list[list[Run]], what: str) -> None:
         for run in itertools.chain(*stages):
             _check_settings(run)
+        _interrupted.clear()
         with tqdm(total=sum(map(len, stages)), desc=what) as progress:
             for stage in stages:
                 with ThreadPoolExecutor(self.args.num_parallel_runs) as pool:
                     try:
-                        for run in pool.map(make, stage):
-                            progress.set_postfix_str(run.label)
-                            progress.update()
-                    except BaseException:
-                        pool.shutdown(cancel_futures=True)
+                        made = [pool.submit(make, run) for run in stage]
+                        for future in as_completed(made):
+                            if future.cancelled() or future.exception():
+                                for other in made:  # those under way are finished, no other is begun
+                                    other.cancel()
+                            else:
+                                progress.set_postfix_str(future.result().label)
+                                progress.update()
+                    except BaseException:  # a signal: those under way are ended
+                        _interrupted.set()
+                        pool.shutdown(wait=False, cancel_futures=True)
                         raise
+                for future in made:
+                    future.result()  # raises the first error: what was cancelled comes after it
 
     def _outlier_file(self, run: Run) -> Path:
         return self.output_dir / "outliers" / f"{run.label}.parquet"
@@ -265,12 +287,16 @@ class Reproduction:
             "inject_outliers": self.args.outlier_ratio,
             "report_images": 0,
         }
+        if self.data_args.skip_bad_rows:  # and nothing where not: tests made before this was handed on stay current
+            options["skip_bad_rows"] = True
         # Another ratio, or another training of the model, makes it another test.
         is_current = metrics_file.is_file() and metrics_file.stat().st_mtime >= run.metrics_file.stat().st_mtime
         if not (is_current and settings_file.is_file() and _read_settings(settings_file) == options):
-            _write_settings(settings_file, options)
+            output_file.parent.mkdir(parents=True, exist_ok=True)
+            settings_file.unlink(missing_ok=True)  # until the test is complete, the metrics beside it are of another
             arguments = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
             _launch("predict.py", arguments, output_file.with_suffix(".log"))
+            _write_settings(settings_file, options)
         return run
 
     # -------------------------------------------------------------------------------------------------------- results
@@ -397,11 +423,25 @@ def _train(run: Run) -> Run:
     return run
 
 
+_interrupted = threading.Event()  # set when this process is to end: what it has launched must not outlive it
+
+
 def _launch(script: str, arguments: Sequence[Any], log_file: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", str(ROOT / script), *map(str, arguments)]
-    with log_file.open("w", encoding="utf-8") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
+    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    with (
+        log_file.open("w", encoding="utf-8") as log,
+        subprocess.Popen(command, stdout=log, start_new_session=True, **streams) as process,
+    ):
+        try:
+            while process.poll() is None:
+                if _interrupted.wait(0.2):
+                    raise UserError(f"{script} was interrupted")
+        except BaseException:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGTERM)  # accelerate's launcher does not hand a signal on
+            raise
+    if process.returncode:
         lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
         raise UserError(f"{script} failed (see {log_file}): {reason[-300:]}")

@@ -6,9 +6,17 @@ import torch
 from PIL import Image
 from transformers import EvalPrediction
 
+from magneto_training import evaluation
 from magneto_training.calibration import NUM_FOLDS, CrossFit, calibrate, fit_output, write_reliability_diagram
-from magneto_training.evaluation import add_stored_rule, compute_metrics, expected_calibration_error, output_names
+from magneto_training.evaluation import (
+    add_stored_rule,
+    compute_metrics,
+    evaluate_selection,
+    expected_calibration_error,
+    output_names,
+)
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
+from modeling_magneto.selection_magneto import SelectionRule, select
 
 VOCAB_SIZE = 12
 
@@ -170,6 +178,22 @@ def test_the_metrics_of_the_stored_rule_are_those_of_the_calibrated_model(model)
         assert metrics[f"{name}_at_half"] == paper[name]
     for name in ("final_loss", "tag_loss", "image_loss"):
         assert metrics[name] == paper[name] != expected[name]
+
+
+@pytest.mark.parametrize("num_images", [1, 256, 600])
+def test_the_tags_of_a_few_images_at_a_time_are_chosen_as_of_all_at_once(model, monkeypatch, num_images):
+    logits, tags, labels = draw_split(num_images)
+    prediction = predict(*[(logits, tags, labels)] * 3)
+    rule = SelectionRule("expected_f1")
+    at_once = select(torch.sigmoid(logits), labels != -100, rule).numpy()
+    sizes = []
+    monkeypatch.setattr(evaluation, "select", lambda *args: sizes.append(len(args[0])) or select(*args))
+
+    metrics = add_stored_rule(compute_metrics(prediction, model.config), prediction, model.config, {"rule": rule.rule})
+
+    expected = evaluate_selection({"logits": list(at_once), "tag_logits": list(at_once)}, list(labels.numpy()))
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+    assert max(sizes) <= 256  # each has a table of its own, of the longest list squared
 
 
 def test_the_papers_rule_leaves_its_own_figures(model, prediction):

@@ -272,6 +272,23 @@ def test_the_table_of_metrics_files(tmp_path, monkeypatch, capsys):
     assert rows[2] == ["two", "7", "nan", "82.20", "0.00", "73.30"]
 
 
+def test_metrics_files_of_the_same_name_are_told_apart_by_their_paths(tmp_path, monkeypatch, capsys):
+    files = [tmp_path / name for name in ("a/test.metrics.json", "b/test.metrics.json", "b/other.metrics.json")]
+    for file, f1 in zip(files, (80.0, 81.0, 82.0), strict=True):
+        file.parent.mkdir(exist_ok=True)
+        write_metrics(file, {**FIGURES, "f1": f1})
+    monkeypatch.setattr(sys, "argv", ["evaluation", *map(str, files)])
+
+    evaluation.main()
+
+    rows = table_rows(capsys.readouterr().out)[1:-1]
+    assert [(row[0], row[4]) for row in rows] == [
+        (str(files[0]), "80.00"),
+        (str(files[1]), "81.00"),
+        ("other", "82.00"),
+    ]
+
+
 @pytest.mark.parametrize("text", [None, "{", "[1]", '{"test": {"f1": 1}}'])
 def test_a_file_that_holds_no_metrics_is_an_error_in_one_line(tmp_path, monkeypatch, capsys, text):
     path = tmp_path / "bad.json"

@@ -1,8 +1,13 @@
 """reproduce.py: which runs the paper's tables need, going on with the missing ones, and what is written of them."""
 
+import fcntl
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -28,6 +33,7 @@ class FakeCommands:
     def __init__(self):
         self.calls = []
         self.fail_at = None
+        self.options = {}  # of the last outlier test
 
     def __call__(self, script: str, arguments: list, log_file: Path) -> None:
         if len(self.calls) == self.fail_at:
@@ -35,7 +41,7 @@ class FakeCommands:
         self.calls.append((script, log_file.stem))
         f1 = 80.0 + len(self.calls)
         if script == "predict.py":
-            options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+            self.options = options = dict(zip(arguments[::2], arguments[1::2], strict=True))
             metrics = {"f1": f1, "outlier_percent": 10.0, "keep_all_f1": 60.0, "num_images": 5}
             Path(options["--output_file"]).with_suffix(".metrics.json").write_text(json.dumps(metrics))
             return
@@ -61,11 +67,12 @@ def commands(monkeypatch) -> FakeCommands:
 @pytest.fixture
 def prepare(tmp_path, dataset_dir):
     def _prepare(dataset=dataset_dir, seeds=(0, 1), **settings) -> Reproduction:
-        names = ("tag_add_ratio", "tag_drop_ratio", "streaming")
+        names = ("tag_add_ratio", "tag_drop_ratio", "streaming", "skip_bad_rows")
         data = {name: settings.pop(name) for name in names if name in settings}
+        model = {"init_from": settings.pop("init_from", None)}
         return Reproduction(
             ReproductionArguments(seeds=list(seeds), pretraining_epochs=3),
-            ModelArguments(backbone_weights="none"),
+            ModelArguments(backbone_weights="none", **model),
             DataArguments(dataset_name=str(dataset), **data),
             MagnetoTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, **settings),
         )
@@ -148,6 +155,33 @@ def test_another_ratio_or_another_training_makes_another_outlier_test(commands, 
     ]
 
 
+def test_an_outlier_test_that_failed_is_made_again(commands, prepare):
+    runs = prepare(seeds=[0])
+    runs.make_runs()
+    runs.args.outlier_ratio, done = 1.0, len(commands.calls)
+    commands.fail_at = done + 1
+    with pytest.raises(UserError):
+        runs.make_runs()
+    commands.fail_at = None
+    runs.make_runs()
+    assert len(commands.calls[done:]) == len(set(commands.calls[done:])) == 4
+    runs.args.outlier_ratio, commands.fail_at = 2.0, done + 4  # which may have written its metrics
+    with pytest.raises(UserError):
+        runs.make_runs()
+    runs.args.outlier_ratio, commands.fail_at = 1.0, None
+    runs.make_runs()
+    assert len(commands.calls[done:]) == 5, "only the one that failed"
+
+
+def test_the_outlier_test_leaves_bad_rows_out_where_the_training_does(commands, prepare):
+    prepare(seeds=[0]).make_runs()
+    assert "--skip_bad_rows" not in commands.options
+    done = len(commands.calls)
+    runs = prepare(seeds=[0], skip_bad_rows=True)
+    runs._test_outliers(runs.architecture_runs("MAGNeto_aux")[0])
+    assert commands.options["--skip_bad_rows"] is True and len(commands.calls) == done + 1
+
+
 def test_what_belongs_to_one_run_or_to_nobody_else_is_not_handed_on(commands, prepare, tmp_path):
     runs = prepare(seeds=[0], hub_token="secret", metric_for_best_model="tag_f1")
     runs.make_runs()
@@ -213,6 +247,19 @@ def test_a_stream_is_refused(prepare):
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("seed", 7, "--seeds"),
+        ("init_from", "pretrained", "pre-training is one of the experiments"),
+        ("resume_from_checkpoint", "true", "goes on by itself"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(prepare, field, value, expected):
+    with pytest.raises(UsageError, match=f"^{field} is {value!r}, expected .*{expected}"):
+        prepare(**{field: value})
+
+
+@pytest.mark.parametrize(
     ("field", "value"), [("seeds", [0, 0]), ("seeds", []), ("outlier_ratio", 0), ("num_parallel_runs", 0)]
 )
 def test_wrong_arguments_are_named(field, value):
@@ -223,3 +270,38 @@ def test_wrong_arguments_are_named(field, value):
 def test_a_run_that_fails_is_reported_with_its_reason(tmp_path):
     with pytest.raises(UserError, match=r"train\.py failed \(see .*run\.log\): .*no\.yaml cannot be read"):
         reproduction._launch("train.py", ["no.yaml"], tmp_path / "run.log")
+
+
+LONG_RUN = """
+import fcntl, sys, time
+from pathlib import Path
+
+file = Path(sys.argv[1])
+with file.with_suffix(".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    file.with_suffix(".begun").touch()
+    time.sleep(60)
+    file.with_suffix(".ended").touch()
+"""
+
+
+def test_killed_it_leaves_no_training_behind(tmp_path, dataset_dir):
+    for script in ("train.py", "pretrain.py"):
+        (tmp_path / script).write_text(LONG_RUN)
+    code = "import pathlib, reproduce; from magneto_training import reproduction as r; r.ROOT = pathlib.Path({!r}); {}"
+    options = ["--dataset_name", dataset_dir, "--output_dir", tmp_path / "out", "--backbone_weights", "none"]
+    command = [sys.executable, "-c", code.format(str(tmp_path), "reproduce.main()"), *map(str, options)]
+    process = subprocess.Popen([*command, "--num_parallel_runs", "2"], cwd=Path(reproduction.__file__).parent.parent)
+    runs = tmp_path / "out/runs"
+    try:
+        while len(list(runs.glob("*.begun"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+    finally:
+        process.terminate()
+        process.send_signal(signal.SIGINT)  # twice is as good as once
+    assert process.wait(50) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    for file in runs.glob("*.lock"):  # each process has its own until it ends
+        with file.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    assert len(list(runs.glob("*.begun"))) == 2 and not list(runs.glob("*.ended"))
