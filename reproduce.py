@@ -16,12 +16,11 @@ from magneto_training.arguments import (
 )
 from magneto_training.reproduction import Reproduction, format_results
 
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def end(number: int, _) -> None:
-    """Ends this process by way of what ends its runs; another signal does not keep that from being done."""
+    """Leave by an exception, which ends the runs; another signal would get in the way of that."""
     for other in SIGNALS:
         signal.signal(other, lambda *_: None)
     sys.exit(128 + number)

@@ -55,10 +55,9 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What the system says of a photograph that is not there. Anything else, as of a network share that is lost, may pass.
-ERRORS_OF_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-# Nor is this one the system's fault: a damaged photograph can send its reader to where no file may reach.
-ERRORS_OF_A_PHOTOGRAPH = (*ERRORS_OF_A_PATH, errno.EINVAL)
+# What the system says of a photograph that is not there, or that is damaged and sends its reader to where no file may
+# reach. Anything else, as of a network share that is lost, may pass.
+ERRORS_OF_A_PHOTOGRAPH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 COMMIT_EVERY = 200  # photographs; what a killed run can lose
 
 PLAN_SCHEMA = pa.schema(
@@ -241,7 +240,7 @@ class DatasetWriter:
         except (TypeError, ValueError):  # no path, or one with a null byte
             return b"missing"
         except OSError as error:
-            if error.errno not in ERRORS_OF_A_PATH:  # what is finished must not be forgotten for a lost share
+            if error.errno not in ERRORS_OF_A_PHOTOGRAPH:  # what is finished must not be forgotten for a lost share
                 raise
             return b"missing"
         return f"{status.st_size} {status.st_mtime_ns}".encode()

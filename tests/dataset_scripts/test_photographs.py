@@ -95,7 +95,7 @@ def test_constants_are_those_of_training():
 
     assert parquet_dataset.MAX_ASPECT_RATIO == processing_magneto.MAX_ASPECT_RATIO
     assert parquet_dataset.TURNS == processing_magneto.TURNS
-    assert parquet_dataset.ERRORS_OF_A_PATH == photographs.ERRORS_OF_A_PATH
+    assert parquet_dataset.ERRORS_OF_A_PHOTOGRAPH == photographs.ERRORS_OF_A_PHOTOGRAPH
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1", "LA", "I;16"])
