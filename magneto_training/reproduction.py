@@ -252,24 +252,32 @@ class Reproduction:
         for run in itertools.chain(*stages):
             _check_settings(run)
         _interrupted.clear()
+        failed = threading.Event()
+
+        def make_unless_failed(run: Run) -> str | None:
+            if failed.is_set():  # those under way are finished, no other is begun
+                return None
+            try:
+                return make(run).label
+            except Exception:
+                failed.set()
+                raise
+
         with tqdm(total=sum(map(len, stages)), desc=what) as progress:
             for stage in stages:
                 with ThreadPoolExecutor(self.args.num_parallel_runs) as pool:
                     try:
-                        made = [pool.submit(make, run) for run in stage]
+                        made = [pool.submit(make_unless_failed, run) for run in stage]
                         for future in as_completed(made):
-                            if future.cancelled() or future.exception():
-                                for other in made:  # those under way are finished, no other is begun
-                                    other.cancel()
-                            else:
-                                progress.set_postfix_str(future.result().label)
+                            if not future.exception() and future.result():
+                                progress.set_postfix_str(future.result())
                                 progress.update()
                     except BaseException:  # a signal: those under way are ended
                         _interrupted.set()
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise
                 for future in made:
-                    future.result()  # raises the first error: what was cancelled comes after it
+                    future.result()  # raises the first error
 
     def _outlier_file(self, run: Run) -> Path:
         return self.output_dir / "outliers" / f"{run.label}.parquet"
