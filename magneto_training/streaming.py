@@ -27,6 +27,7 @@ from .tag_data import (
     RowReport,
     check_columns,
     collect_tags,
+    describe_cause,
     find_problems,
     find_split,
     judge_rows,
@@ -53,9 +54,7 @@ def read_stream(rows: Iterable[Rows], name: str) -> Iterator[Rows]:
     except UserError:
         raise
     except Exception as error:  # of many libraries, as in `load_tag_dataset`, and none knows the dataset
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())
-        raise DataError(f"{name}: the rows cannot be read: {type(cause).__name__}: {reason}") from error
+        raise DataError(f"{name}: the rows cannot be read: {describe_cause(error)}") from error
 
 
 def check_streaming(data_args: DataArguments, training_args: MagnetoTrainingArguments) -> None:

@@ -98,11 +98,15 @@ def load_tag_dataset(
     except DataError:
         raise
     except Exception as error:  # datasets raises errors of many libraries; the user wants to know which dataset
-        cause = error.__cause__ or error  # "An error occurred" says nothing; what it came from does
-        if isinstance(cause, DataError):
-            raise cause from error
-        reason = " ".join(str(cause).split())
-        raise DataError(f"the dataset {dataset_name!r} cannot be loaded: {type(cause).__name__}: {reason}") from error
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from error
+        raise DataError(f"the dataset {dataset_name!r} cannot be loaded: {describe_cause(error)}") from error
+
+
+def describe_cause(error: Exception) -> str:
+    """An error of `datasets` in one line: "An error occurred" says nothing, what it came from does."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
 def _load_tables(paths: list[Path], streaming: bool, columns: Sequence[str] | None) -> Dataset | IterableDataset:

@@ -246,7 +246,7 @@ def check_training_options(model_args: ModelArguments, training_args: MagnetoTra
     """
     optimizer_class, options = torch.optim.SGD, {}
     if training_args.optim in OPTIM_ARGS:
-        optimizer_class, options = MagnetoTrainer.get_optimizer_cls_and_kwargs(training_args)
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args)
     try:
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
     except ValueError as error:  # a number is out of range

@@ -276,7 +276,7 @@ def test_an_image_without_tags_adds_no_loss_and_no_nan(tiny_config, architecture
 
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_training_under_bf16_autocast_is_finite(tiny_config):
