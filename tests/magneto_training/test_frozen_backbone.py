@@ -56,6 +56,16 @@ def test_the_model_stays_as_it_is(moved_model, pixel_values):
     assert any(parameter.requires_grad for parameter in moved_model.parameters())
 
 
+@pytest.mark.parametrize(("capability", "is_slow"), [("AVX2", True), ("AVX512", False), ("SVE256", False)])
+def test_bfloat16_in_software_is_warned_of(tiny_model, monkeypatch, recwarn, capability, is_slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+    FrozenBackbone(tiny_model, CPU, bf16=True)
+    FrozenBackbone(tiny_model, CPU)
+
+    assert sum("no instructions for bfloat16" in str(warning.message) for warning in recwarn) == is_slow
+
+
 def test_in_bfloat16_it_computes_what_autocast_does(moved_model, pixel_values):
     extractor = moved_model.magneto.image_feature_extractor
     with torch.autocast("cpu", torch.bfloat16):
