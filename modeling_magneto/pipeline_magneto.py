@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Sequence
+from io import IOBase
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class TagSummarizationPipeline(Pipeline):
                 "expected a list of as many photographs"
             )
         elif isinstance(image, Iterable) and not (
-            isinstance(image, (str, bytes, dict, Dataset)) or is_valid_image(image)
+            isinstance(image, (str, bytes, bytearray, dict, IOBase, Dataset)) or is_valid_image(image)
         ):
             image = (item for item in image)  # the form in which the base class reads on demand
         if candidate_labels is not None:

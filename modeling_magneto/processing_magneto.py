@@ -28,6 +28,7 @@ from .selection_magneto import PAPER_RULE, SelectionRule, find_rule, select
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 IGNORED_LABEL = -100  # as in loss_magneto, which this file must not import
 MAX_ASPECT_RATIO = 50  # the short side is scaled to the model's size: a line of pixels would become a huge picture
+MAX_CACHED_LENGTH = 64  # of a tag: longer ones are rare, and strangers' could fill the memory
 # How a photograph is turned upright, by the orientation in its EXIF data.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,7 +49,7 @@ def normalize_tag(tag: str) -> str:
     """
     if not isinstance(tag, str):
         raise ValueError(f"found the tag {tag!r} of type {type(tag).__name__}, expected text")
-    tag = _normalized(tag)
+    tag = _normalized(tag) if len(tag) <= MAX_CACHED_LENGTH else _normalized.__wrapped__(tag)
     if not tag:
         raise ValueError("found an empty tag, expected text")
     return tag
@@ -107,7 +108,7 @@ def load_photograph(image: Any, timeout: float | None = None) -> Image.Image:
         if isinstance(opened, str) and not os.path.isfile(opened):
             opened = _read_text(opened, timeout)
         if not isinstance(opened, Image.Image):
-            opened = Image.open(BytesIO(opened) if isinstance(opened, bytes) else opened)
+            opened = Image.open(BytesIO(opened) if isinstance(opened, (bytes, bytearray)) else opened)
         return upright_rgb(opened)
     except Exception as error:  # a file, a download, base64, and each of Pillow's decoders fail in their own way
         found = repr(image[:60]) if isinstance(image, (str, bytes)) else f"of type {type(image).__name__}"
@@ -241,8 +242,10 @@ class MagnetoProcessor(ProcessorMixin):
         if truncation:
             tags = [row[: self.max_tags] for row in tags]
 
-        # Dynamic padding: to the longest list of this batch.
-        inputs = self.tokenizer(tags, is_split_into_words=True, padding=True, return_tensors="pt")
+        # Dynamic padding: to the longest list of this batch. Whole tags are looked up, without the tokenizer's own
+        # splitting: one tag is one token, whatever was added to its vocabulary.
+        input_ids = [self.tokenizer.convert_tokens_to_ids(row) for row in tags]
+        inputs = self.tokenizer.pad({"input_ids": input_ids}, padding_side="right", return_tensors="pt")
         if self.use_images:
             inputs["pixel_values"] = self._pixel_values(images, len(tags), images_kwargs)
         if important_tags is not None:
@@ -366,7 +369,7 @@ def _load_photographs(images: Any) -> Any:
     """The same lists, with photographs loaded; arrays and tensors stay as they are."""
     if isinstance(images, (list, tuple)):
         return [_load_photographs(image) for image in images]
-    return load_photograph(images) if isinstance(images, (str, bytes, os.PathLike, Image.Image)) else images
+    return load_photograph(images) if isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image)) else images
 
 
 __all__ = ["MagnetoProcessor"]

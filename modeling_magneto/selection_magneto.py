@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+MAX_TABLE_SIZE = 2**22  # numbers, of the images that are looked at together
 RULES = ("threshold", "top_k", "expected_f1")
 
 
@@ -194,34 +195,22 @@ def select_by_expected_f1(
     rank = _rank(scores, mask)  # (B, L)
     probabilities = _as_probabilities(scores, mask)
     best_first = torch.empty_like(probabilities).scatter_(-1, rank, probabilities)
-    expected = _expected_f1_of_best(best_first)  # (B, L), of the 1, 2, ..., L best tags
-    sizes = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
     num_tags = mask.sum(-1, keepdim=True)  # (B, 1)
-    allowed = (sizes >= num_tags.clamp(max=max(min_tags, 1))) & (sizes <= num_tags)
-    if max_tags is not None:
-        allowed &= sizes <= max_tags
-    size = expected.masked_fill(~allowed, -1.0).argmax(-1, keepdim=True) + 1  # (B, 1)
+    size = torch.empty_like(num_tags)  # how many of the best tags to choose
+    longest_first = num_tags.flatten().argsort(descending=True)
+    start = 0
+    while start < len(scores):
+        # One long list must not give all of the images tables of its size.
+        longest = max(1, int(num_tags[longest_first[start]]))
+        images = longest_first[start : start + max(1, MAX_TABLE_SIZE // longest**2)]  # (I,)
+        start += len(images)
+        expected = _expected_f1_of_best(best_first[images, :longest])  # (I, L), of the 1, 2, ..., L best tags
+        sizes = torch.arange(1, longest + 1, device=scores.device)
+        allowed = (sizes >= num_tags[images].clamp(max=max(min_tags, 1))) & (sizes <= num_tags[images])
+        if max_tags is not None:
+            allowed &= sizes <= max_tags
+        size[images] = expected.masked_fill(~allowed, -1.0).argmax(-1, keepdim=True) + 1
     return (rank < size) & mask
-
-
-def expected_f1(scores: torch.Tensor, mask: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-    """The exact expected F1 of any selection, where a score is the probability that its tag is important.
-
-    Args:
-        scores: (B, L), in [0, 1].
-        mask: (B, L), true for real tags.
-        selected: (B, L), true for the chosen tags.
-
-    Returns:
-        (B,), in [0, 1]. The F1 of an image without an important tag is 0, and so is that of an empty selection.
-    """
-    mask, selected = mask.bool(), selected.bool() & mask.bool()
-    hits = _count_important(_as_probabilities(scores, selected).T)[-1]  # (L + 1, B)
-    misses = _count_important(_as_probabilities(scores, mask & ~selected).T)[-1]  # (L + 1, B)
-    count = torch.arange(scores.shape[-1] + 1, device=scores.device)
-    sizes = selected.sum(-1) + count[:, None, None] + count[:, None]  # (hits, misses, B)
-    f1 = 2 * count[:, None, None] / sizes.clamp(min=1).to(hits.dtype)
-    return torch.einsum("ib,ijb,jb->b", hits, f1, misses)
 
 
 def _expected_f1_of_best(probabilities: torch.Tensor) -> torch.Tensor:

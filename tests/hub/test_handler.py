@@ -174,36 +174,36 @@ def test_a_failure_of_the_model_is_told_and_the_next_request_served(handler, mon
 
 
 BAD_REQUESTS = {
-    "no mapping": (["red"], "the request is a list"),
-    "text": ("red", "the request is a str"),
-    "no parameters": ({"inputs": as_base64(photograph())}, "candidate_labels is a NoneType"),
-    "parameters are a list": ({"inputs": "", "parameters": ["red"]}, "parameters is a list"),
-    "no labels": (request(labels=None), "candidate_labels is a NoneType"),
+    "no mapping": (["red"], "the request is of type list"),
+    "text": ("red", "the request is of type str"),
+    "no parameters": ({"inputs": as_base64(photograph())}, "candidate_labels is of type NoneType"),
+    "parameters are a list": ({"inputs": "", "parameters": ["red"]}, "parameters is of type list"),
+    "no labels": (request(labels=None), "candidate_labels is of type NoneType"),
     "empty labels": (request(labels=[]), "candidate_labels is empty"),
     "commas": (request(labels=" , ,"), "candidate_labels is empty"),
-    "labels are a mapping": (request(labels={"red": 1}), "candidate_labels is a dict"),
-    "a label is a number": (request(labels=["red", 3]), "candidate_labels[1] is a int"),
+    "labels are a mapping": (request(labels={"red": 1}), "candidate_labels is of type dict"),
+    "a label is a number": (request(labels=["red", 3]), "candidate_labels[1] is of type int"),
     "a label is empty": (request(labels=["red", " "]), "found an empty tag"),
     "a label is long": (request(labels=["red" * 100]), "candidate_labels[0] has 300 characters, expected at most 200"),
     "half a character": (request(labels=["\ud800"]), "candidate_labels[0] holds half a character"),
     "a line of pixels": (
         {"inputs": as_base64(Image.new("RGB", (40_000, 1))), "parameters": {"candidate_labels": ["red"]}},
-        "the photograph has 40000 x 1 pixels, expected sides of at most 1 : 50",
+        "a photograph has 40000 x 1 pixels, expected sides of at most 1 : 50",
     ),
     "10,000 labels": (request(labels=[f"tag {i}" for i in range(10_000)]), "found 10000 candidate_labels"),
     "unknown parameter": (request(treshold=0.5), "unknown parameter 'treshold'"),
     "threshold is text": (request(threshold="high"), "threshold is 'high', expected a float"),
-    "threshold is a list": (request(threshold=[0.5]), "threshold is a list"),
+    "threshold is a list": (request(threshold=[0.5]), "threshold is of type list"),
     "threshold out of range": (request(threshold=7.0), "threshold is 7.0"),
     "threshold is nan": (request(threshold=float("nan")), "threshold is nan"),
-    "top_k is true": (request(top_k=True), "top_k is a bool"),
-    "top_k is a fraction": (request(top_k=1.5), "top_k is a float"),
+    "top_k is true": (request(top_k=True), "top_k is of type bool"),
+    "top_k is a fraction": (request(top_k=1.5), "top_k is of type float"),
     "top_k is negative": (request(top_k=-1), "top_k is -1"),
     "threshold and top_k": (request(threshold=0.5, top_k=1), "threshold is 0.5 and top_k is 1, expected only one"),
     "unknown rule": (request(selection="best"), "'best'"),
     "attention is text": (request(return_attention="maybe"), "return_attention is 'maybe'"),
-    "no photograph": (request(inputs=None), "inputs is a NoneType"),
-    "inputs are a list": (request(inputs=[1, 2]), "inputs is a list"),
+    "no photograph": (request(inputs=None), "inputs is of type NoneType"),
+    "inputs are a list": (request(inputs=[1, 2]), "inputs is of type list"),
     "no base64": (request(inputs="%%%"), "inputs is no base64 text"),
     "a path": (request(inputs=str(REPOSITORY / "docs" / "report.png")), "inputs is no"),
     "base64 of something else": (request(inputs=base64.b64encode(b"text" * 99).decode()), "inputs is no photograph"),
@@ -230,6 +230,15 @@ def test_a_bad_request_is_refused_with_a_reason_and_the_next_one_served(handler,
     assert reason in str(raised.value)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
     assert len(handler(request())) == 3
+
+
+def test_base64_may_have_line_breaks(handler):
+    broken = base64.encodebytes(as_bytes(photograph())).decode()
+
+    assert "\n" in broken.strip()
+    assert handler({"inputs": broken, "parameters": {"candidate_labels": ["red", "blue"]}}) == handler(
+        request(labels=["red", "blue"])
+    )
 
 
 def test_nothing_is_fetched_from_an_address(handler, monkeypatch):

@@ -141,7 +141,7 @@ BAD_REQUESTS = {
     "deep JSON": (b"[" * 200_000, "application/json", "", 400, "the body is no JSON"),
     "no text": (b"\xff\xfe", "application/json", "", 400, "the body is no JSON"),
     "empty": (b"", "application/json", "", 400, "the body is no JSON"),
-    "a list": (b"[1]", "application/json", "", 400, "the request is a list"),
+    "a list": (b"[1]", "application/json", "", 400, "the request is of type list"),
     "no labels": (as_request(), "application/json", "", 400, "candidate_labels"),
     "10,000 labels": (as_request(candidate_labels=["a"] * 10_000), "application/json", "", 400, "at most 500"),
     "no photograph": (

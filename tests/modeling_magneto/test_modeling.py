@@ -657,6 +657,40 @@ def test_a_calibrated_model_is_built_from_its_configuration_alone(tiny_config):
         assert torch.equal(model(**batch).logits, other(**batch).logits)
 
 
+@pytest.mark.parametrize("vocab_size", [4, 9])
+def test_another_number_of_embeddings_leaves_a_calibrated_model_usable(tiny_config, tmp_path, vocab_size):
+    model = build(tiny_config, calibration=CALIBRATION)
+
+    model.resize_token_embeddings(vocab_size)
+    model.save_pretrained(tmp_path)
+    loaded = MagnetoForTagSummarization.from_pretrained(tmp_path)
+
+    batch = make_batch()
+    batch["input_ids"] = batch["input_ids"].clamp(max=vocab_size - 1)
+    for name, calibration in loaded.calibration.items():
+        kept = {index: bias for index, bias in model.calibration[name].tag_biases.items() if int(index) < vocab_size}
+        assert calibration.tag_biases == kept
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_a_tuple_is_returned_and_attentions_are_as_the_configuration_says(tiny_config):
+    model, batch = build(tiny_config, output_attentions=True, attn_implementation="eager"), make_batch()
+
+    outputs = model(**batch)
+    loss, logits, *_ = model(**batch, return_dict=False)
+
+    assert outputs.attentions.shape[:3] == (3, tiny_config.num_attention_heads, 5)
+    assert torch.equal(loss, outputs.loss) and torch.equal(logits, outputs.logits)
+
+
+def test_one_photograph_is_not_shared_by_several_lists_of_tags(tiny_config):
+    batch = make_batch()
+
+    with pytest.raises(ValueError, match="found 1 photographs for 3 lists of tags"):
+        build(tiny_config)(batch["input_ids"], pixel_values=batch["pixel_values"][:1])
+
+
 def test_a_wrong_calibration_is_refused_and_the_old_one_stays(tiny_config):
     model = build(tiny_config, calibration=CALIBRATION)
 

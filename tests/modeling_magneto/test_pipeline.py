@@ -405,6 +405,21 @@ def test_beside_this_package_a_saved_folder_is_loaded_as_well(summarizer, tmp_pa
     assert json.loads((tmp_path / "again" / "config.json").read_text())["custom_pipelines"]
 
 
+def test_the_code_that_the_hub_shows_beside_a_model_works(summarizer, tmp_path):
+    summarizer.save_pretrained(tmp_path)
+
+    shown = pipeline("zero-shot-image-classification", model=str(tmp_path), trust_remote_code=True, device="cpu")
+
+    assert_same(shown(photograph(), candidate_labels=TAGS), summarizer(photograph(), candidate_labels=TAGS), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [io.BytesIO, bytearray])
+def test_an_open_file_is_a_photograph_and_no_generator(summarizer, form):
+    found = summarizer(form(as_bytes(photograph())), candidate_labels=TAGS)
+
+    assert_same(found, summarizer(photograph(), candidate_labels=TAGS))
+
+
 def test_a_model_for_outlier_detection_offers_no_pipeline(tiny_config, tmp_path):
     MagnetoForOutlierDetection(tiny_config).save_pretrained(tmp_path)
 

@@ -21,6 +21,18 @@ def photograph(width: int = 64, height: int = 48) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+def test_one_tag_is_one_token_whatever_is_added_to_the_vocabulary(processor):
+    processor.tokenizer.add_tokens(["cat"])
+    processor.tokenizer.padding_side = "left"
+    added = processor.tokenizer.convert_tokens_to_ids("cat")
+    unknown, blue = processor.tokenizer.unk_token_id, processor.tokenizer.convert_tokens_to_ids("blue")
+
+    inputs = processor([photograph()] * 2, [["category", "blue", "bobcat"], ["cat"]])
+
+    assert inputs["input_ids"].tolist() == [[unknown, blue, unknown], [added, 0, 0]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
 # ------------------------------------------------------------------------------------------------------- normalisation
 
 
