@@ -88,6 +88,9 @@ def initialize_model(
     Raises:
         UserError: Weights cannot be had, or do not fit.
     """
+    # Training rows have no unknown tags: a random embedding would stay, and be like those of some tags by chance.
+    with torch.no_grad():
+        model.get_input_embeddings().weight[processor.tokenizer.unk_token_id] = 0
     source = None if model_args.init_from is None else load_source(model_args.init_from)
     if processor.use_images:
         brings_backbone = source is not None and source[0].config.streams != "tag"

@@ -2,6 +2,7 @@ import gzip
 
 import pytest
 import torch
+from conftest import TINY_BACKBONE
 from safetensors.torch import load_file, save_file
 
 from magneto_training.arguments import ModelArguments, UserError
@@ -11,6 +12,7 @@ from magneto_training.initialization import (
     init_tag_vectors,
     initialize_model,
     load_source,
+    start_model,
 )
 from modeling_magneto import (
     MagnetoConfig,
@@ -35,6 +37,16 @@ def new_model(tiny_config, tags, **changes):
     processor = MagnetoProcessor.from_vocabulary(tags, image_size=32)
     config = MagnetoConfig(**{**tiny_config.to_dict(), "vocab_size": len(processor.tokenizer), **changes})
     return MagnetoForTagSummarization(config), processor
+
+
+def test_an_unknown_tag_starts_without_a_meaning_of_its_own():
+    arguments = ModelArguments(backbone=TINY_BACKBONE, image_size=32, backbone_weights="none")
+
+    model, processor = start_model(MagnetoForTagSummarization, ["blue", "red"], arguments, seed=0)
+
+    embeddings = model.get_input_embeddings().weight
+    assert (embeddings.abs().sum(-1) > 0).tolist() == [False, False, True, True]
+    assert processor.tokenizer.unk_token_id == 1
 
 
 def test_everything_but_heads_and_gate_is_copied(tiny_config, pretrained):
