@@ -17,7 +17,7 @@ from .collation import OutlierDataset, SeededDataset, TagCollator, without_image
 from .frozen_backbone import FrozenBackbone
 from .initialization import load_source
 from .quantized_backbone import QuantizedBackbone
-from .tag_data import DataError, check_columns, checked_split, load_tag_dataset
+from .tag_data import DataError, check_columns, checked_split, find_split, load_tag_dataset
 
 
 def load_model(model_name_or_path: str) -> tuple[MagnetoForTagSummarization, MagnetoProcessor]:
@@ -45,7 +45,7 @@ def load_prediction_split(args: PredictArguments, use_images: bool) -> Dataset |
     """
     splits = load_tag_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
     split = _choose_split(splits, args)
-    dataset, name = splits[split], f"{args.dataset_name}, {split}"
+    dataset, name = find_split(splits, split, args), f"{args.dataset_name}, {split}"
     use_labels = has_ground_truth(dataset)
     check_columns(dataset, name, ["item_id", "tags", *(["image"] if use_images else [])])
     if not (args.streaming or args.skip_bad_rows):
@@ -68,8 +68,6 @@ def has_ground_truth(dataset: Dataset | IterableDataset) -> bool:
 
 def _choose_split(splits: DatasetDict, args: PredictArguments) -> str:
     if args.split is not None:
-        if args.split not in splits:
-            raise DataError(f"{args.dataset_name}: split {args.split!r} is missing, found {', '.join(splits)}")
         return args.split
     if "test" in splits:
         return "test"

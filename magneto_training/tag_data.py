@@ -6,17 +6,19 @@ is checked once.
 
 import ast
 import csv
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
@@ -26,20 +28,30 @@ from datasets import (
     IterableDatasetDict,
     concatenate_datasets,
     load_dataset,
+    load_dataset_builder,
 )
 from huggingface_hub import metadata_load
 
 from modeling_magneto.processing_magneto import normalize_tag
 
-from .arguments import DataArguments, PretrainingDataArguments, RowArguments, UserError
+from .arguments import DataArguments, PredictArguments, PretrainingDataArguments, RowArguments, UserError
 from .photographs import find_photograph_problem, undecoded
 
 TABLE_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLIT_WORDS = {
-    "train": "train",
+    **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "eval"), "test"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+COLUMNS = {
+    "item_id": datasets.Value("string"),
+    "tags": datasets.List(datasets.Value("string")),
+    "important_tags": datasets.List(datasets.Value("string")),
+    "image": datasets.Image(),
+}
+# `datasets` knows our functions by their names and would go on with what it has kept of other code: a change of how
+# cells are parsed or rows are checked, be it in photographs.py or in normalize_tag, makes it 2.
+FORMAT = 1
 ADJACENT_TEXTS = re.compile(r"""['"]\s+['"]""")  # numpy's ['sky' 'sea'], to Python the one text "skysea"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can spell and nothing can write again
 MAX_REPORTED_ITEMS = 5
@@ -58,6 +70,7 @@ def load_tag_dataset(
     dataset_config_name: str | None = None,
     streaming: bool = False,
     columns: Sequence[str] | None = None,
+    use_labels: bool = True,
 ) -> DatasetDict | IterableDatasetDict:
     """Load a dataset and bring its columns into the project's form.
 
@@ -68,6 +81,7 @@ def load_tag_dataset(
         streaming: Read rows from the files, or from the Hub, each time that they are needed, in place of a copy on the
             disk; for Parquet files.
         columns: Read these alone from Parquet files; the rest of the files is not touched.
+        use_labels: Whether `important_tags` is wanted; otherwise it is left out, whatever it holds.
 
     Returns:
         All splits, with `item_id` as text, `tags` and `important_tags` as lists of text, and `image` as photographs;
@@ -77,22 +91,33 @@ def load_tag_dataset(
         DataError: The dataset cannot be found or read, or a column has an unexpected type.
     """
     folder = Path(dataset_name)
+    state_of = functools.cache(_state_of_files)  # one look at a folder, for all of its tables
+
+    def standard(part: Dataset | IterableDataset, split: str, parent: Path | None) -> Dataset | IterableDataset:
+        return _with_standard_columns(part, f"{dataset_name}, {split}", parent, use_labels, state_of)
+
     try:
-        tables = _find_tables(folder) if folder.is_dir() else {}
+        is_folder, has_configs = folder.is_dir(), _has_configs(folder / "README.md")
+        if is_folder and not has_configs and dataset_config_name is not None:
+            found = f"the configuration is {dataset_config_name!r}"
+            raise DataError(f"{dataset_name}: {found}, expected none where no README.md lists `configs`")
+        # In its one spelling: `datasets` knows what it has read by its path.
+        path = str(folder.resolve()) if is_folder else dataset_name
+        tables = {}
+        if is_folder:
+            tables = _named_tables(path, dataset_config_name) if has_configs else _find_tables(folder)
         if not tables:
             options = {} if columns is None else {"columns": list(columns)}
-            splits = load_dataset(dataset_name, dataset_config_name, streaming=streaming, **options)
-            parent = folder if folder.is_dir() else None
-            return type(splits)(
-                {
-                    name: _with_standard_columns(split, f"{dataset_name}, {name}", parent)
-                    for name, split in splits.items()
-                }
-            )
+            splits = load_dataset(path, dataset_config_name, streaming=streaming, **options)
+            parent = Path(path) if is_folder else None
+            return type(splits)({name: standard(split, name, parent) for name, split in splits.items()})
         parts: dict[str, list[Dataset | IterableDataset]] = {}
-        for (split, parent), paths in tables.items():  # an image path is relative to its own table
-            part = _load_tables(paths, streaming, columns)
-            parts.setdefault(split, []).append(_with_standard_columns(part, f"{dataset_name}, {split}", parent))
+        for (split, parent), files in tables.items():  # an image path is relative to its own table
+            if has_configs:
+                part = load_dataset(path, dataset_config_name, data_files=files, split="train", streaming=streaming)
+            else:
+                part = _load_tables(files, streaming, columns)
+            parts.setdefault(split, []).append(standard(part, split, parent.resolve()))
         joined = {split: concatenate_datasets(found) for split, found in parts.items()}
         return IterableDatasetDict(joined) if streaming else DatasetDict(joined)
     except DataError:
@@ -120,7 +145,8 @@ def _load_tables(paths: list[Path], streaming: bool, columns: Sequence[str] | No
             "features": datasets.Features({name: datasets.Value("string") for name in header}),
             "keep_default_na": False,
         }
-    return load_dataset(builder, data_files=list(map(str, paths)), split="train", streaming=streaming, **options)
+    files = [str(path.parent.resolve() / path.name) for path in paths]  # in one spelling, as the folder
+    return load_dataset(builder, data_files=files, split="train", streaming=streaming, **options)
 
 
 def _read_header(paths: list[Path]) -> list[str]:
@@ -143,25 +169,46 @@ def _read_header(paths: list[Path]) -> list[str]:
     return headers[0]
 
 
+def _named_tables(folder: str, config_name: str | None) -> dict[tuple[str, Path], list[str]]:
+    """The CSV or JSON tables that a README's `configs` name, by split and parent folder; none where they name others.
+
+    A file is given as `datasets` does: as a text, which may be an address.
+    """
+    builder = load_dataset_builder(folder, config_name)
+    tables: dict[tuple[str, Path], list[str]] = {}
+    if builder.name in ("csv", "json"):
+        for split, files in builder.config.data_files.items():
+            for file in files:
+                tables.setdefault((str(split), Path(file).parent), []).append(file)
+    return tables
+
+
 def _find_tables(folder: Path) -> dict[tuple[str, Path], list[Path]]:
     """The tables below a folder by split and parent folder; none where `load_dataset` knows what the dataset is.
 
-    It knows from the `configs` in a README, and from the `metadata` tables of its image folders. Without them it would
-    take a folder with more photographs than tables for an image folder.
+    It knows from the `metadata` tables of its image folders; but any folder with more photographs than tables it would
+    take for an image folder.
     """
     tables = sorted(path for path in map(Path, _files_below(folder)) if path.suffix.lower() in TABLE_BUILDERS)
     tables = [path for path in tables if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     # What predict.py writes is no table of rows.
     tables = [path for path in tables if not (path.name.endswith(".metrics.json") or path.parent.suffix == ".parts")]
-    if _has_configs(folder / "README.md") or any(map(_describes_image_folder, tables)):
+    if any(map(_describes_image_folder, tables)):
         return {}
     kinds = sorted({TABLE_BUILDERS[path.suffix.lower()] for path in tables})
     if len(kinds) > 1:
         raise DataError(f"{folder} holds tables of several kinds ({', '.join(kinds)}), expected one kind")
-    splits: dict[tuple[str, Path], list[Path]] = {}
-    for path in sorted(tables, key=lambda path: list(SPLIT_WORDS.values()).index(_split_of(path, folder))):
-        splits.setdefault((_split_of(path, folder), path.parent), []).append(path)
-    return splits
+    splits = {path: _split_of(path, folder) for path in tables}
+    unnamed = [path for path, split in splits.items() if split is None]
+    if unnamed and len(unnamed) < len(tables):
+        expected = f"one of {', '.join(SPLIT_WORDS)}, as in the other tables' names"
+        raise DataError(f"{unnamed[0]}: found no split in the table's name, expected {expected}")
+    found: dict[tuple[str, Path], list[Path]] = {}
+    for split in dict.fromkeys(SPLIT_WORDS.values()):
+        for path in tables:
+            if (splits[path] or "train") == split:
+                found.setdefault((split, path.parent), []).append(path)
+    return found
 
 
 def _files_below(folder: str | os.PathLike) -> Iterator[os.DirEntry]:
@@ -174,10 +221,10 @@ def _files_below(folder: str | os.PathLike) -> Iterator[os.DirEntry]:
                 yield entry
 
 
-def _split_of(path: Path, folder: Path) -> str:
-    """What a table's name, or else a folder's, says: `data/test-00001.csv` is of the split test."""
+def _split_of(path: Path, folder: Path) -> str | None:
+    """What a table's name, or else a folder's, says: `data/test-00001.csv` is of the split test; none if nothing."""
     words = re.split(r"[^a-z]+", path.relative_to(folder).with_suffix("").as_posix().lower())
-    return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), "train")
+    return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), None)
 
 
 def _has_configs(card: Path) -> bool:
@@ -192,44 +239,65 @@ def _describes_image_folder(path: Path) -> bool:
 
 
 def _with_standard_columns(
-    dataset: Dataset | IterableDataset, where: str, table_folder: Path | None
+    dataset: Dataset | IterableDataset,
+    where: str,
+    folder: Path | None,
+    use_labels: bool,
+    state_of: Callable[[Path], str],
 ) -> Dataset | IterableDataset:
+    if not use_labels and "important_tags" in (dataset.column_names or []):
+        dataset = dataset.remove_columns("important_tags")
     features = dict(dataset.features or {})
-    text_columns = [
-        name for name in ("tags", "important_tags") if name in features and _is_text(features[name])
-    ]  # "sky, water" instead of a list
-    paths = table_folder is not None and "image" in features and _is_text(features["image"])
-    if isinstance(dataset, IterableDataset) and (text_columns or paths or not features):
-        raise DataError(f"{where}: streaming needs lists of tags and photographs as Parquet files hold them")
-    if text_columns or paths:
-        dataset = dataset.map(
-            _parse_table_rows,
-            batched=True,
-            fn_kwargs={
-                "text_columns": text_columns,
-                "folder": str(table_folder) if paths else None,
-                "state": _state_of_files(table_folder) if paths else None,
-            },
-            desc=f"Reading {where}",
-        )
-    for name, feature in (
-        ("item_id", datasets.Value("string")),
-        ("tags", datasets.List(datasets.Value("string"))),
-        ("important_tags", datasets.List(datasets.Value("string"))),
-        ("image", datasets.Image()),
-    ):
-        if name in dataset.features and dataset.features[name] != feature:
+    changed = [name for name in COLUMNS if name in features and features[name] != COLUMNS[name]]
+    # "sky, water" instead of a list, a path instead of a photograph
+    texts = [name for name in changed if name != "item_id" and _is_text(features[name])]
+    if folder is None and "image" in texts:
+        texts.remove("image")
+    if isinstance(dataset, IterableDataset):
+        if texts or not features:
+            raise DataError(f"{where}: streaming needs lists of tags and photographs as Parquet files hold them")
+        for name in changed:
+            dataset = dataset.cast_column(name, COLUMNS[name])
+        return dataset
+    # A local table's paths are checked as they are parsed; an image folder names the files that it holds.
+    from_stranger = dataset.info.builder_name in (TABLE_BUILDERS.values() if folder is None else ("parquet",))
+    if changed and len(dataset):  # `map` does nothing to no rows
+        # Each column by itself: `map` and `cast_column` copy all that they are given, photographs too.
+        columns = {name: dataset.select_columns(name) for name in dataset.column_names}
+        for name in changed:
+            if name in texts:
+                columns[name] = _parse_column(columns[name], name, where, folder, state_of)
+                continue
             try:
-                dataset = dataset.cast_column(name, feature)
+                columns[name] = columns[name].cast_column(name, COLUMNS[name])
             except Exception as error:
-                raise DataError(f"{where}: column {name!r} is {features[name]}, expected {feature}") from error
-    if isinstance(dataset, Dataset) and "image" in dataset.features and dataset.info.builder_name == "parquet":
-        _check_named_photographs(dataset, where, table_folder)
+                found = f"column {name!r} is {features[name]}"
+                raise DataError(f"{where}: {found}, expected {COLUMNS[name]}") from error
+        dataset = concatenate_datasets(list(columns.values()), axis=1)
+    if from_stranger and "image" in dataset.features:
+        _check_named_photographs(dataset, where, folder)
     return dataset
 
 
+def _parse_column(
+    column: Dataset, name: str, where: str, folder: Path | None, state_of: Callable[[Path], str]
+) -> Dataset:
+    """A column of texts alone, of which a dataset holds a list of tags or a photograph."""
+    if name == "image":
+        parse, options = _resolve_images, {"folder": str(folder), "state": state_of(folder)}
+    else:
+        parse, options = _parse_tags, {"column": name}
+    return column.map(
+        parse,
+        batched=True,
+        fn_kwargs={**options, "version": FORMAT},
+        features=datasets.Features({name: COLUMNS[name]}),
+        desc=f"Reading {where}",
+    )
+
+
 def _check_named_photographs(dataset: Dataset, where: str, folder: Path | None) -> None:
-    """Raise `DataError` where a Parquet file has a path that leaves its folder in place of a photograph.
+    """Raise `DataError` where a table has a path that leaves its folder in place of a photograph.
 
     A dataset may come from a stranger, and what it names may end up in a report.
     """
@@ -256,12 +324,14 @@ def _state_of_files(folder: Path) -> str:
     return f"{total:x}"
 
 
-def _parse_table_rows(rows: dict, text_columns: list[str], folder: str | None, state: str | None) -> dict:
+def _parse_tags(rows: dict, column: str, version: int) -> dict:
+    """`version` is for `datasets` alone, as in `_resolve_images`."""
+    return {column: [_split_tags(text, column) for text in rows[column]]}
+
+
+def _resolve_images(rows: dict, folder: str, state: str, version: int) -> dict:
     """`state` is for `datasets` alone: what it has cached of photographs, their check too, ends when they change."""
-    parsed = {name: [_split_tags(text, name) for text in rows[name]] for name in text_columns}
-    if folder is not None:
-        parsed["image"] = [_resolve_image(path, folder) for path in rows["image"]]
-    return parsed
+    return {"image": [_resolve_image(path, folder) for path in rows["image"]]}
 
 
 def _split_tags(text: str | None, column: str) -> list[str]:
@@ -367,7 +437,7 @@ def check_rows(
     checked = checked.with_format("arrow").map(
         find_problems,
         batched=True,
-        fn_kwargs={"allow_unlabeled": allow_unlabeled},
+        fn_kwargs={"allow_unlabeled": allow_unlabeled, "version": f"{FORMAT}, Pillow {PIL.__version__}"},
         remove_columns=columns,
         features=datasets.Features({"problem": datasets.Value("string"), "item_id": datasets.Value("string")}),
         num_proc=min(os.cpu_count() or 1, 1 + len(dataset) // ROWS_PER_CHECKING_PROCESS) if large else None,
@@ -380,12 +450,13 @@ def check_rows(
     return report
 
 
-def find_problems(rows: pa.Table, allow_unlabeled: bool) -> pa.Table:
+def find_problems(rows: pa.Table, allow_unlabeled: bool, version: str | None = None) -> pa.Table:
     """Check some rows. Works on Arrow columns: 30 million tags take seconds.
 
     Args:
         rows: `item_id` and `tags`; `important_tags` and undecoded photographs, `image`, where they are to be checked.
         allow_unlabeled: `important_tags` may be empty.
+        version: Of the check; for `datasets` alone, which keeps its result.
 
     Returns:
         For each row its first `problem`, or null, and its `item_id`.
@@ -480,7 +551,7 @@ def load_pretraining_splits(data_args: PretrainingDataArguments, use_images: boo
     Raises:
         DataError: A split or column is missing, or a row is bad.
     """
-    splits = load_tag_dataset(data_args.dataset_name, data_args.dataset_config_name)
+    splits = load_tag_dataset(data_args.dataset_name, data_args.dataset_config_name, use_labels=False)
     train = load_split(splits, data_args.train_split, data_args, use_images, use_labels=False)
     if data_args.validation_split in splits:
         validation = load_split(splits, data_args.validation_split, data_args, use_images, use_labels=False)
@@ -504,7 +575,7 @@ def load_split(
 
 
 def find_split(
-    splits: Mapping[str, Dataset | IterableDataset], split: str, data_args: RowArguments
+    splits: Mapping[str, Dataset | IterableDataset], split: str, data_args: RowArguments | PredictArguments
 ) -> Dataset | IterableDataset:
     """One of the splits; raises `DataError` where it is missing."""
     if split not in splits:

@@ -9,12 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from magneto_training.arguments import DataArguments
+from magneto_training import tag_data
+from magneto_training.arguments import DataArguments, PretrainingDataArguments
 from magneto_training.tag_data import (
     DataError,
     build_vocabulary,
     check_rows,
     checked_split,
+    load_pretraining_splits,
     load_tag_dataset,
     load_training_splits,
 )
@@ -38,6 +40,11 @@ def write_csv(path, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def cache_size() -> int:
+    """Bytes of what `datasets` keeps."""
+    return sum(file.stat().st_size for file in datasets.config.HF_DATASETS_CACHE.rglob("*") if file.is_file())
 
 
 def make_split(rows: list[dict]) -> datasets.Dataset:
@@ -186,6 +193,9 @@ def test_tags_without_quotation_marks_are_an_error(tmp_path, row):
         ("my_test_rows.csv", "test"),
         ("devices.csv", "train"),
         ("val.csv", "validation"),
+        ("training.csv", "train"),
+        ("testing.csv", "test"),
+        ("evaluation-00001.csv", "test"),
         ("test/part-1.csv", "test"),
         ("test/train.csv", "train"),
     ],
@@ -197,6 +207,30 @@ def test_a_whole_word_of_the_name_says_the_split(tmp_path, name, split):
     assert list(load_tag_dataset(str(tmp_path))) == [split]
 
 
+@pytest.mark.parametrize("name", ["holdout.csv", "validate.csv", "unlabeled/rows.csv"])
+def test_a_table_of_no_split_beside_those_of_splits_is_an_error(tmp_path, name):
+    for path in ("train.csv", "validation.csv", name):
+        write_csv(tmp_path / path, [{"item_id": "1", "tags": "x"}])
+
+    with pytest.raises(DataError, match=rf"{name}: found no split .* expected one of train, .*test.* tables' names$"):
+        load_tag_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["unlabeled", "nothing"])
+def test_a_configuration_of_a_folder_that_has_none_is_an_error(tmp_path, name):
+    write_csv(tmp_path / "unlabeled" / "train.csv", [{"item_id": "1", "tags": "x"}])
+
+    with pytest.raises(DataError, match=f"the configuration is '{name}', expected none where no README.md"):
+        load_tag_dataset(str(tmp_path), name)
+
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: unlabeled\n  data_files: unlabeled/*\n---\n")
+    if name == "unlabeled":
+        assert load_tag_dataset(str(tmp_path), name)["train"]["tags"][:] == [["x"]]
+    else:
+        with pytest.raises(DataError, match="'nothing' not found"):
+            load_tag_dataset(str(tmp_path), name)
+
+
 @pytest.mark.parametrize(
     "card",
     ["# My photographs\n", "---\nconfigs:\n- config_name: default\n  data_files: data/rows.csv\n---\n"],
@@ -205,13 +239,28 @@ def test_a_whole_word_of_the_name_says_the_split(tmp_path, name, split):
 def test_a_readme_beside_the_tables_does_no_harm(tmp_path, card):
     # More photographs than tables: without a word in the README, datasets would see an image folder.
     write_photographs(tmp_path / "data", a="red", b="blue", c="green")
-    path = "data/a.png" if "configs" in card else "a.png"
-    write_csv(tmp_path / "data" / "rows.csv", [{"item_id": "x", "image": path, "tags": "red, sea"}])
+    write_csv(tmp_path / "data" / "rows.csv", [{"item_id": "x", "image": "a.png", "tags": "red, sea"}])
     (tmp_path / "README.md").write_text(card)
 
     row = load_tag_dataset(str(tmp_path))["train"][0]
 
     assert row["tags"] == ["red", "sea"] and row["image"].convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_tables_that_a_readme_names_have_their_own_photographs_and_are_read_as_it_says(tmp_path):
+    for name, color in (("one", "red"), ("two", "blue")):
+        write_photographs(tmp_path / name, a=color)
+        (tmp_path / name / "rows.csv").write_text(f"item_id;image;tags\n{name};a.png;x, y\n")
+    files = [{"split": "train", "path": "*/rows.csv"}, {"split": "test", "path": "two/rows.csv"}]
+    card = {"configs": [{"config_name": "default", "sep": ";", "data_files": files}]}
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+
+    splits = load_tag_dataset(str(tmp_path))
+
+    assert list(splits) == ["train", "test"]
+    for split, colors in (("train", {"one": (255, 0, 0), "two": (0, 0, 255)}), ("test", {"two": (0, 0, 255)})):
+        assert splits[split].column_names == ["item_id", "image", "tags"] and splits[split][0]["tags"] == ["x", "y"]
+        assert {row["item_id"]: row["image"].convert("RGB").getpixel((0, 0)) for row in splits[split]} == colors
 
 
 def test_an_image_folder_is_left_to_datasets(tmp_path):
@@ -227,6 +276,29 @@ def test_parquet_tables_may_name_their_photographs(tmp_path):
         tmp_path / "data" / "test.parquet"
     )
     assert load_tag_dataset(str(tmp_path))["test"][0]["image"].convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_columns_in_another_form_are_parsed_without_a_copy_of_the_photographs(tmp_path):
+    size, noise = 200_000, os.urandom(200_000)
+    rows = {
+        "item_id": [1, 2],  # as pandas writes it
+        "image": [{"bytes": photograph() + noise, "path": None}] * 2,
+        "tags": ["x, y", "z"],
+        "width": [8, 9],
+        "important_tags": pa.array([["x"], ["z"]], pa.large_list(pa.large_string())),  # as polars does
+    }
+    pq.write_table(pa.table(rows), tmp_path / "train.parquet")
+
+    split = load_tag_dataset(str(tmp_path))["train"]
+
+    assert 2 * size < cache_size() < 3 * size
+    assert split.column_names == list(split.features) == list(rows)
+    assert [{**row, "image": row["image"].size} for row in split] == [
+        {"item_id": "1", "image": (8, 8), "tags": ["x", "y"], "width": 8, "important_tags": ["x"]},
+        {"item_id": "2", "image": (8, 8), "tags": ["z"], "width": 9, "important_tags": ["z"]},
+    ]
+    report = check_rows(split, "photos, train", use_images=True, use_labels=True)
+    assert report.problems == {} and cache_size() < 3 * size
 
 
 def test_a_photograph_missing_from_the_folder_is_not_sought_elsewhere(tmp_path, monkeypatch):
@@ -272,6 +344,16 @@ def test_a_photograph_that_parquet_names_outside_of_its_folder_is_refused(tmp_pa
     rows[1]["image"]["path"] = str(tmp_path / "photos" / "a.png")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "photos" / "train.parquet")
     assert load_tag_dataset(str(tmp_path / "photos"))["train"][1]["image"].size == (8, 8)
+
+
+def test_a_table_from_the_hub_names_no_file_of_this_machine(tmp_path, monkeypatch):
+    write_photographs(tmp_path, secret="red")
+    write_csv(tmp_path / "train.csv", [{"item_id": 1, "image": tmp_path / "secret.png", "tags": "x"}])
+    splits = datasets.load_dataset("csv", data_files={"train": str(tmp_path / "train.csv")})
+    monkeypatch.setattr(tag_data, "load_dataset", lambda *_, **__: splits)
+
+    with pytest.raises(DataError, match="a photograph is given as '.*secret.png', expected its bytes$"):
+        load_tag_dataset("user/name")
 
 
 def test_both_csv_and_json_are_refused(tmp_path):
@@ -449,6 +531,65 @@ def test_a_mended_photograph_is_seen_by_the_next_run(tmp_path):
     assert bad_rows() == {}
     (folder / "a.png").write_bytes(b"no photograph")
     assert bad_rows() == {"an unreadable photograph": ["1"]}
+
+
+def test_what_another_code_has_parsed_and_checked_is_not_used(tmp_path, monkeypatch):
+    write_photographs(tmp_path, a="red")
+    write_csv(tmp_path / "train.csv", [{"item_id": 1, "image": "a.png", "tags": "x, y"}])
+
+    def load():
+        split = load_tag_dataset(str(tmp_path))["train"]
+        return split["tags"][:], check_rows(split, "photos, train", use_images=True, use_labels=False).problems
+
+    assert load() == ([["x", "y"]], {})
+    monkeypatch.setattr(tag_data, "_split_tags", lambda text, column: [text])
+    monkeypatch.setattr(tag_data, "FORMAT", tag_data.FORMAT + 1)
+    assert load() == ([["x, y"]], {})
+    monkeypatch.setattr(tag_data, "find_photograph_problem", lambda image: "a new problem")
+    monkeypatch.setattr("PIL.__version__", "another")
+    assert load() == ([["x, y"]], {"a new problem": ["1"]})
+
+
+def test_another_spelling_of_the_folder_is_the_same_dataset(tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    write_photographs(folder, a="red")
+    write_csv(folder / "train.csv", [{"item_id": 1, "image": "a.png", "tags": "x", "important_tags": "x"}])
+    monkeypatch.chdir(tmp_path)
+
+    def check(name):
+        return check_rows(load_tag_dataset(name)["train"], "photos, train", True, True).problems
+
+    assert check("photos") == {}
+    size = cache_size()
+    monkeypatch.chdir(folder)
+    os.symlink(folder, tmp_path / "link")
+    for name in (str(folder), "../photos", ".", "../link"):
+        assert check(name) == {}
+    assert cache_size() == size
+
+
+def test_the_files_of_a_folder_are_looked_at_once_for_all_splits(tmp_path, monkeypatch):
+    write_photographs(tmp_path, a="red")
+    for split in ("train", "validation", "test"):
+        write_csv(tmp_path / f"{split}.csv", [{"item_id": 1, "image": "a.png", "tags": "x"}])
+    looks = []
+    state_of_files = tag_data._state_of_files
+    monkeypatch.setattr(tag_data, "_state_of_files", lambda folder: looks.append(folder) or state_of_files(folder))
+
+    load_tag_dataset(str(tmp_path))
+
+    assert looks == [tmp_path]
+
+
+def test_pretraining_does_not_read_the_ground_truth(tmp_path):
+    rows = [{"item_id": index, "tags": "x, y", "important_tags": "[x"} for index in range(3)]
+    write_csv(tmp_path / "train.csv", rows)
+
+    splits = load_pretraining_splits(PretrainingDataArguments(dataset_name=str(tmp_path)), use_images=False)
+
+    assert splits["train"][0]["tags"] == ["x", "y"]
+    with pytest.raises(DataError, match="important_tags holds"):
+        load_training_splits(DataArguments(dataset_name=str(tmp_path)), use_images=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- vocabulary
