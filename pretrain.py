@@ -23,7 +23,7 @@ from magneto_training.initialization import start_model
 from magneto_training.model_card import write_model_card
 from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.tag_data import build_vocabulary, load_pretraining_splits
-from magneto_training.trainer import MagnetoTrainer, check_training_options, find_checkpoint
+from magneto_training.trainer import MagnetoTrainer, check_output_dir, check_training_options, find_checkpoint
 from modeling_magneto import MagnetoForOutlierDetection
 
 
@@ -32,6 +32,7 @@ def main() -> None:
         (ModelArguments, PretrainingDataArguments, PretrainingArguments), passed_over=(DataArguments,)
     )
     check_training_options(model_args, training_args)
+    check_output_dir(training_args.output_dir)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 

@@ -23,7 +23,7 @@ from magneto_training.publish import choose_widget_rows
 from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.streaming import StreamedCollator, StreamedDataset, check_streaming, load_streamed_splits
 from magneto_training.tag_data import build_vocabulary, load_training_splits
-from magneto_training.trainer import MagnetoTrainer, check_training_options, find_checkpoint
+from magneto_training.trainer import MagnetoTrainer, check_output_dir, check_training_options, find_checkpoint
 from modeling_magneto import MagnetoForTagSummarization
 
 
@@ -31,6 +31,7 @@ def main() -> None:
     model_args, data_args, training_args = parse_arguments((ModelArguments, DataArguments, MagnetoTrainingArguments))
     check_streaming(data_args, training_args)
     check_training_options(model_args, training_args)
+    check_output_dir(training_args.output_dir)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
@@ -81,27 +82,28 @@ def main() -> None:
         exact = backbone_for_workers(model, processor, rows, training_args.device)
         trainer.eval_collator = TagCollator(processor, backbone=exact)
 
-    # Choosing the tags: the paper's rule, or the highest expected F1 of scores that are calibrated on validation.
+    # Choosing the tags: the paper's rule on raw scores, or the highest expected F1 of scores that are calibrated on
+    # validation. How much that helps is measured in either case.
     results = {name: trainer.predict_split(name, rows) for name, rows in evaluated.items()}
-    cross_fit = None
+    cross_fit = calibrate(model, results["validation"][1], training_args.seed)
+    fitted = model.config.calibration
     if data_args.selection == "expected_f1":
-        cross_fit = calibrate(model, results["validation"][1], training_args.seed)
         processor.selection = {"rule": "expected_f1"}
+    else:
+        model.set_calibration(None)
 
     # Results.
     metrics = {
-        name: add_stored_rule(figures, prediction, model.config, processor.selection)
+        name: add_stored_rule(figures, prediction, model.config, processor.selection, fitted)
         for name, (figures, prediction) in results.items()
     }
-    if cross_fit is not None:
-        metrics["validation"] |= cross_fit.errors()
+    metrics["validation"] |= cross_fit.errors(model.config)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         output_dir = Path(training_args.output_dir)
         write_training_curves(trainer.state.log_history, output_dir / "training_curves.png")
-        if cross_fit is not None:
-            write_reliability_diagram(cross_fit, output_dir / "calibration.png")
+        write_reliability_diagram(cross_fit, output_dir / "calibration.png")
         write_metrics(output_dir / "metrics.json", metrics)
         print(format_metrics(metrics))
         repo_id = trainer.hub_model_id or output_dir.name

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import timm
 import torch
@@ -207,6 +207,8 @@ POSSIBLE_VALUES = {
     "eval_do_concat_batches": ((True,), "metrics are those of a whole split"),
     "prediction_loss_only": ((False,), "metrics need the scores"),
     "neftune_noise_alpha": ((None,), "the tags of a batch are embedded without their images"),
+    "bf16_full_eval": ((False,), "Trainer would leave the model in half precision, and save it so"),
+    "fp16_full_eval": ((False,), "Trainer would leave the model in half precision, and save it so"),
 }
 
 
@@ -266,7 +268,9 @@ class MagnetoTrainingArguments(TrainingArguments):
     include_for_metrics: list[str] = field(
         default_factory=lambda: ["inputs"], metadata={"help": "Calibration needs to know the tags."}
     )
-    report_to: None | str | list[str] = _option("tensorboard", "Where the training curves go.")
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"], metadata={"help": "Where the training curves go; none: nowhere."}
+    )
     remove_unused_columns: bool = _option(False, "Our collator needs all columns.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every trainable parameter is used in every step.")
     ddp_timeout: int = _option(
@@ -285,6 +289,7 @@ class MagnetoTrainingArguments(TrainingArguments):
     def __post_init__(self):
         _check_at_least(self, learning_rate=0, backbone_learning_rate=0, num_train_epochs=0, seed=0, cached_views=0)
         _check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, early_stopping_patience=1)
+        _check_at_least(self, gradient_accumulation_steps=1, dataloader_num_workers=0)
         if self.int8 and self.cached_views:
             raise UsageError("int8 is for the live backbone: what cached_views keeps is computed once anyway")
         for name, (possible, reason) in POSSIBLE_VALUES.items():
@@ -307,6 +312,13 @@ class MagnetoTrainingArguments(TrainingArguments):
                     raise UsageError(f"{name} is {none!r}, expected another with early_stopping_patience")
         if not torch.accelerator.is_available():  # nothing to pin memory for, and PyTorch would warn
             self.dataloader_pin_memory = False
+
+
+# What an epoch can be the best in with train.py alone: pre-training has no such figures.
+TRAINING_METRICS = {
+    *("f1", "precision", "recall", "reducible_f1"),
+    *("final_loss", "tag_loss", "image_loss", "mean_gate"),
+}
 
 
 @dataclass
@@ -443,8 +455,11 @@ def parse_arguments(
         settings = _read_yaml(path, fields | others)
         if settings.get("streaming") and "streaming" not in fields:  # passed over, it would mean a copy on the disk
             raise UsageError(f"streaming is true in {path}, expected false: this command reads no stream")
-        settings = {name: value for name, value in settings.items() if name in fields}
-        parser.set_defaults(**_read_nulls(settings, argument_classes))
+        best, ours = settings.get("metric_for_best_model"), fields
+        if passed_over and str(best).removeprefix("eval_") in TRAINING_METRICS:  # of the other command's task
+            ours = fields - {"metric_for_best_model", "greater_is_better"}
+        settings = {name: value for name, value in settings.items() if name in ours}
+        parser.set_defaults(**_read_unsayable(settings, argument_classes))
         from_file = [part for name, value in settings.items() for part in _to_arguments(name, value)]
     for argument in argv:
         if argument.startswith("--"):
@@ -476,21 +491,21 @@ def _read_yaml(path: Path, options: set[str]) -> dict[str, Any]:
     return settings
 
 
-def _read_nulls(settings: dict[str, Any], argument_classes: Sequence[type]) -> dict[str, None]:
-    """The fields that are null in the file, all of which may be."""
+def _read_unsayable(settings: dict[str, Any], argument_classes: Sequence[type]) -> dict[str, None | list]:
+    """The fields that are null or an empty list in the file, all of which may be."""
     types = {
         name: kind for argument_class in argument_classes for name, kind in get_type_hints(argument_class).items()
     }
-    nulls = {name: None for name, value in settings.items() if value is None}
-    for name in nulls:
-        if type(None) not in get_args(types[name]):
-            raise UsageError(f"{name} is null, expected a value")
-    return nulls
+    unsayable = {name: value for name, value in settings.items() if value is None or value == []}
+    for name, value in unsayable.items():
+        if type(value) not in [get_origin(kind) or kind for kind in (types[name], *get_args(types[name]))]:
+            raise UsageError(f"{name} is {'null' if value is None else 'empty'}, expected a value")
+    return unsayable
 
 
 def _to_arguments(name: str, value: Any) -> list[str]:
-    """A setting of the file as it would stand on the command line, where null cannot be said."""
-    if value is None:
+    """A setting of the file as it would stand on the command line, where null and an empty list cannot be said."""
+    if value is None or value == []:
         return []
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
@@ -500,9 +515,12 @@ def _to_arguments(name: str, value: Any) -> list[str]:
 def _check_known(name: str, options: set[str], where: str) -> None:
     if name in options:
         return
-    nearest = difflib.get_close_matches(name, options, n=1)
-    suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise UsageError(f"unknown field {name!r} in {where}{suggestion}")
+    # Names that hold the word come first: no spelling leads from epochs to num_train_epochs.
+    nearest = max(
+        sorted(options),
+        key=lambda option: (f"_{name}_" in f"_{option}_", difflib.SequenceMatcher(None, name, option).ratio()),
+    )
+    raise UsageError(f"unknown field {name!r} in {where}; did you mean {nearest!r}?")
 
 
 @contextlib.contextmanager
@@ -510,8 +528,14 @@ def user_errors_in_one_line(command: str):
     """Ends the process with one line on standard error where the user can put things right."""
     try:
         yield
-    except (UserError, OSError, SafetensorError) as error:  # also a full disk, or a folder that cannot be written
+    except (UserError, OSError, SafetensorError, RuntimeError) as error:  # also a folder that cannot be written
+        # torch.save has no other word for a full disk.
+        unwritten = "enforce fail at inline_container.cc" in str(error)
+        if isinstance(error, RuntimeError) and not (unwritten or isinstance(error, torch.OutOfMemoryError)):
+            raise
         # From a data loader's worker comes its whole traceback as the message; what we have to say is the end of it.
         reason = str(error).rpartition(f"{type(error).__name__}: ")[2] or type(error).__name__
+        if unwritten:
+            reason = f"a file cannot be written, the disk may be full: {reason}"
         print(f"{command}: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)

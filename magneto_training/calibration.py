@@ -18,11 +18,18 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from transformers import EvalPrediction
 
-from modeling_magneto import MagnetoForTagSummarization
+from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
 from modeling_magneto.loss_magneto import IGNORED_LABEL
 from modeling_magneto.modeling_magneto import MagnetoCalibration
 
-from .evaluation import NUM_BINS, expected_calibration_error, output_names, reliability, token_ids
+from .evaluation import (
+    NUM_BINS,
+    calibration_errors,
+    expected_calibration_error,
+    output_names,
+    reliability,
+    token_ids,
+)
 from .figures import save_figure
 
 NUM_FOLDS = 5
@@ -45,12 +52,9 @@ class CrossFit:
     before: np.ndarray
     after: np.ndarray
 
-    def errors(self) -> dict[str, float]:
-        """The expected calibration error in percent, under the names that it has in `metrics.json`."""
-        return {
-            "expected_calibration_error": expected_calibration_error(self.after, self.labels),
-            "expected_calibration_error_before": expected_calibration_error(self.before, self.labels),
-        }
+    def errors(self, config: MagnetoConfig) -> dict[str, float]:
+        """`calibration_errors` of a model's final output."""
+        return calibration_errors(self.before, self.after, self.labels, config)
 
 
 def calibrate(model: MagnetoForTagSummarization, prediction: EvalPrediction, seed: int) -> CrossFit:

@@ -21,9 +21,8 @@ from modeling_magneto.selection_magneto import PAPER_RULE, SelectionRule, select
 from .arguments import CommandParser, UserError, user_errors_in_one_line
 from .whole_file import whole_file
 
-THRESHOLD = 0.5
 NUM_BINS = 15  # of the calibration error
-ROWS_AT_A_TIME = 256  # of which tags are chosen: expected_f1 has a table for each, of its longest list squared
+OF_THE_RULE = ("precision", "recall", "f1", "reducible_f1", "tag_f1", "image_f1")  # and not of the losses, or keep-all
 
 
 @cache
@@ -120,36 +119,38 @@ def compute_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[s
 
 
 def add_stored_rule(
-    metrics: dict[str, float], prediction: EvalPrediction, config: MagnetoConfig, selection: dict[str, Any]
+    metrics: dict[str, float],
+    prediction: EvalPrediction,
+    config: MagnetoConfig,
+    selection: dict[str, Any],
+    fitted: dict[str, dict[str, Any]],
 ) -> dict[str, float]:
     """The metrics of the rule that is stored with a model, beside those of the paper's rule.
 
     Args:
         metrics: What `compute_metrics` made of the split.
         prediction: The same arrays: raw logits, and as inputs the indices of the tags (images, L), padded with -100.
-        config: The model's, of which the calibration is in force.
+        config: The model's; without a calibration, its scores are raw.
         selection: The fields of the stored rule, without thresholds of single tags.
+        fitted: The calibration of each output, as in `MagnetoConfig.calibration`, whether the model has it or not.
 
     Returns:
-        `metrics`, in which everything that depends on the rule is the stored rule's on calibrated scores. The paper's
-        rule on raw scores is kept as `precision_at_half`, `recall_at_half` and `f1_at_half`. Besides, in percent, the
-        `expected_calibration_error` and, where there is a calibration, `expected_calibration_error_before` it.
+        `metrics`, in which everything that depends on the rule is the stored rule's on the model's scores. The paper's
+        rule on raw scores is kept under the same names with `_at_half`. Besides, `calibration_errors`.
     """
     raw = dict(zip(output_names(config), prediction.predictions, strict=True))
     labels, tags = prediction.label_ids, torch.from_numpy(token_ids(prediction, config))
     calibrated = dict(raw)
-    for name, fields in (config.calibration or {}).items():
+    for name, fields in fitted.items():
         scaling = MagnetoCalibration(config.vocab_size, **fields)
         calibrated[name] = scaling(torch.from_numpy(raw[name]), tags).numpy()
-    results = {
+    stored = raw if config.calibration is None else calibrated
+    return {
         **metrics,
-        **_evaluate_rule(calibrated, labels, SelectionRule.from_dict(selection)),
-        **{f"{name}_at_half": metrics[name] for name in ("precision", "recall", "f1")},
-        "expected_calibration_error": expected_calibration_error(calibrated["logits"], labels),
+        **_evaluate_rule(stored, labels, SelectionRule.from_dict(selection)),
+        **{f"{name}_at_half": metrics[name] for name in OF_THE_RULE if name in metrics},
+        **calibration_errors(raw["logits"], calibrated["logits"], labels, config),
     }
-    if config.calibration is not None:
-        results["expected_calibration_error_before"] = expected_calibration_error(raw["logits"], labels)
-    return results
 
 
 def token_ids(prediction: EvalPrediction, config: MagnetoConfig) -> np.ndarray:
@@ -181,6 +182,24 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     return 100 * float(np.nansum(counts * np.abs(scores - important)) / counts.sum())
 
 
+def calibration_errors(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray, config: MagnetoConfig
+) -> dict[str, float]:
+    """The expected calibration error in percent, under the names that it has in `metrics.json`.
+
+    Args:
+        before, after: Logits (images, L), raw and calibrated.
+        labels: (images, L) of 1, 0, -100.
+        config: The model's, which says which of the two its scores are.
+    """
+    error_before, error_after = (expected_calibration_error(logits, labels) for logits in (before, after))
+    return {
+        "expected_calibration_error": error_before if config.calibration is None else error_after,
+        "expected_calibration_error_before": error_before,
+        "expected_calibration_error_after": error_after,
+    }
+
+
 def compute_detection_metrics(prediction: EvalPrediction, config: MagnetoConfig) -> dict[str, float]:
     """What `Trainer` reports of outlier detection (section 5.2), in percent, over all tags of the split.
 
@@ -202,7 +221,7 @@ def compute_detection_metrics(prediction: EvalPrediction, config: MagnetoConfig)
     for name, logits in zip(names, arrays, strict=True):
         _check_finite(name, logits[real])
         stream, suspicion = name.removesuffix("_logits"), 1 - torch.from_numpy(_sigmoid(logits[real]))
-        f1 = binary_f1_score((suspicion > 1 - THRESHOLD).int(), outlier)
+        f1 = binary_f1_score(suspicion, outlier)  # of those above 0.5
         results[f"{stream}_f1"] = 100 * f1.item()
         results[f"{stream}_average_precision"] = 100 * binary_average_precision(suspicion, outlier).item()
     ranked = [value for name, value in results.items() if name.endswith("average_precision")]
@@ -280,13 +299,12 @@ def _check_finite(name: str, values: np.ndarray) -> None:
 
 def _evaluate_rule(outputs: dict[str, np.ndarray], labels: np.ndarray, rule: SelectionRule) -> dict[str, float]:
     """`evaluate_selection` of what a rule selects by each of the logits (images, L)."""
-    mask = torch.from_numpy(labels != IGNORED_LABEL).split(ROWS_AT_A_TIME)
-    selected = {}
-    for name, logits in outputs.items():
-        if name.endswith("logits"):
-            scores = torch.from_numpy(_sigmoid(logits)).split(ROWS_AT_A_TIME)
-            parts = [select(*part, rule) for part in zip(scores, mask, strict=True)]
-            selected[name] = list(torch.cat(parts).numpy().astype(np.int8))
+    mask = torch.from_numpy(labels != IGNORED_LABEL)
+    selected = {
+        name: list(select(torch.from_numpy(_sigmoid(logits)), mask, rule).numpy().astype(np.int8))
+        for name, logits in outputs.items()
+        if name.endswith("logits")
+    }
     return evaluate_selection(selected, list(labels.astype(np.int8)))
 
 

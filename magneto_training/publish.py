@@ -17,11 +17,11 @@ from transformers import AutoConfig
 
 from modeling_magneto.processing_magneto import upright_rgb
 
-from .arguments import CommandParser, UsageError, UserError, user_errors_in_one_line
+from .arguments import CommandParser, RowArguments, UsageError, UserError, user_errors_in_one_line
 from .initialization import load_source
 from .model_card import name_model
 from .prediction import load_model
-from .tag_data import check_columns, checked_split, load_tag_dataset
+from .tag_data import check_columns, checked_split, find_split, load_tag_dataset
 
 # Everything else stays at home: checkpoints, logs, the state of the training, and above all pickles.
 PUBLISHED_FILES = (
@@ -163,11 +163,9 @@ def _load_widget_rows(model_dir: str, dataset_name: str, split: str, count: int)
     _, processor = load_model(model_dir)
     if not processor.use_images:
         raise UserError(f"{model_dir!r} holds a tag-only model, expected one that looks at photographs")
-    splits = load_tag_dataset(dataset_name)
-    if split not in splits:
-        raise UserError(f"{dataset_name}: split {split!r} is missing, found {', '.join(splits)}")
-    check_columns(splits[split], f"{dataset_name}, {split}", ["tags"])  # the others with the rows
-    rows = choose_widget_rows(splits[split], count)
+    rows = find_split(load_tag_dataset(dataset_name), split, RowArguments(dataset_name=dataset_name))
+    check_columns(rows, f"{dataset_name}, {split}", ["tags"])  # the others with the rows
+    rows = choose_widget_rows(rows, count)
     return checked_split(rows, f"{dataset_name}, {split}", use_images=True, use_labels=False, skip_bad_rows=False)
 
 

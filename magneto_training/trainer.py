@@ -1,22 +1,35 @@
-"""transformers' Trainer for MAGNeto: it also logs the separate losses and the mean gate."""
+"""transformers' Trainer for MAGNeto, what a run is refused before rows are read, and where a resumed one goes on."""
 
 import functools
+import json
 import math
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback, get_scheduler
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoPreTrainedModel, MagnetoProcessor
 
-from .arguments import OPTIM_ARGS, MagnetoTrainingArguments, ModelArguments, UsageError, UserError
+from .arguments import (
+    OPTIM_ARGS,
+    MagnetoTrainingArguments,
+    ModelArguments,
+    PretrainingArguments,
+    UsageError,
+    UserError,
+)
 from .collation import AugmentedDataset
+from .evaluation import compute_detection_metrics, compute_metrics, output_names
 from .publish import files_to_publish, hub_errors, publish
 from .quantized_backbone import check_int8
 from .streaming import StreamedBatches, StreamedDataset
@@ -240,10 +253,11 @@ def copy_endpoint(output_dir: Path) -> None:
 
 
 def check_training_options(model_args: ModelArguments, training_args: MagnetoTrainingArguments) -> None:
-    """Raise `UserError` where a run wants what its optimizer, its schedule or its backbone cannot do.
+    """Raise `UserError` where a run wants what its optimizer, schedule, evaluation or backbone cannot do.
 
     Before rows are read, which may take hours.
     """
+    _check_best_metric(model_args, training_args)
     optimizer_class, options = torch.optim.SGD, {}
     if training_args.optim in OPTIM_ARGS:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args)
@@ -272,14 +286,37 @@ def check_training_options(model_args: ModelArguments, training_args: MagnetoTra
         raise UsageError(f"backbone_learning_rate is {learning_rate}, but no stage of a backbone is trained")
 
 
+def _check_best_metric(model_args: ModelArguments, training_args: MagnetoTrainingArguments) -> None:
+    """Raise `UsageError` where the best epoch is to be best in what evaluation does not report, or never changes."""
+    wanted, config = training_args.metric_for_best_model, model_args.to_config(vocab_size=3)
+    compute, names = compute_metrics, output_names(config)
+    if isinstance(training_args, PretrainingArguments):
+        compute, names = compute_detection_metrics, [name for name in names if name in ("tag_logits", "image_logits")]
+    example = EvalPrediction((np.zeros((1, 2), np.float32),) * len(names), np.array([[1, 0]]))
+    fixed = ("num_", "keep_all_", "flag_all_")
+    reported = ["loss", *(name for name in compute(example, config) if not name.startswith(fixed))]
+    if wanted is not None and wanted.removeprefix("eval_") not in reported:
+        raise UsageError(f"metric_for_best_model is {wanted!r}, expected one of {', '.join(sorted(reported))}")
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Make the folder of a run; raise `UserError` before the work where its results could not be written after it."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise UserError(f"output_dir is {output_dir!r}, expected a folder to write to: {error.strerror}") from None
+
+
 def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
-    """The checkpoint to go on from: a named one, or with `true` the last complete one in `output_dir`.
+    """The checkpoint to go on from: a named one, or with `true` the last one in `output_dir` that is not damaged.
 
     Raises:
-        UserError: The named checkpoint is not there, or `output_dir` holds another run's checkpoints.
+        UserError: The named checkpoint is not there or damaged, a run could not go on from the one found as it began,
+            or `output_dir` holds another run's checkpoints.
     """
     # Trainer writes its state last: a checkpoint without it was cut short.
-    states = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
+    states = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     numbered = [path.parent for path in states if path.parent.name.rpartition("-")[2].isdigit()]
     complete = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
     wanted = args.resume_from_checkpoint
@@ -290,8 +327,53 @@ def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
                 "--resume_from_checkpoint true to go on with it, or another --output_dir"
             )
         return None
-    if str(wanted).lower() == "true":
-        return str(complete[-1]) if complete else None
-    if not (Path(wanted) / "trainer_state.json").is_file():
+    is_named = str(wanted).lower() != "true"
+    if is_named and not (Path(wanted) / TRAINER_STATE_NAME).is_file():
         raise UserError(f"resume_from_checkpoint is {wanted!r}, expected a complete checkpoint folder")
-    return wanted
+    for checkpoint in [Path(wanted)] if is_named else reversed(complete):
+        damaged = _find_damaged(checkpoint)
+        if damaged is None:
+            _check_goes_on(checkpoint, args)
+            return str(checkpoint)
+        if is_named:
+            raise UserError(f"{damaged} is damaged, expected another checkpoint to go on from")
+        if args.process_index == 0:
+            print(f"{damaged} is damaged: {checkpoint.name} is passed over", flush=True)
+    return None
+
+
+def _find_damaged(checkpoint: Path) -> Path | None:
+    """A file that is not there to its end: after a crash, or on a full disk."""
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                safe_open(file, "pt")  # reads where the tensors lie, and how long the file is to be
+            elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):  # which has its index at the end
+                return file
+        except (ValueError, SafetensorError):
+            return file
+    return None
+
+
+def _check_goes_on(checkpoint: Path, args: MagnetoTrainingArguments) -> None:
+    """Raise `UserError` where Trainer would go on without a word, and otherwise than the run has begun."""
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+        if not (checkpoint / name).is_file():
+            raise UserError(f"{checkpoint} has no {name}, expected a checkpoint saved without --save_only_model")
+    expected = ["rng_state.pth"]
+    if args.world_size > 1:
+        expected = [f"rng_state_{index}.pth" for index in range(args.world_size)]
+    found = {file.name for file in checkpoint.glob("rng_state*.pth")}
+    if found != set(expected):
+        raise UserError(
+            f"{checkpoint} has {', '.join(sorted(found)) or 'no rng_state.pth'}, expected {', '.join(expected)}: "
+            "a run goes on with as many processes as before"
+        )
+    size = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["train_batch_size"]
+    if size != args.train_batch_size and not args.auto_find_batch_size:
+        raise UserError(
+            f"{checkpoint} is of {size} images a step in each process, and this run has {args.train_batch_size}; "
+            "expected as many as before"
+        )

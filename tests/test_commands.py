@@ -75,7 +75,8 @@ def test_training_leaves_a_complete_folder(trained_dir):
     assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "README.md"} <= names
     assert {"modeling_magneto.py", "processing_magneto.py", "metrics.json", "trainer_state.json"} <= names
     assert {"pipeline_magneto.py", "handler.py", "requirements.txt"} <= names
-    assert "training_curves.png" in names and "(training_curves.png)" in (trained_dir / "README.md").read_text()
+    for picture in ("training_curves.png", "calibration.png"):
+        assert picture in names and f"({picture})" in (trained_dir / "README.md").read_text()
     assert list(trained_dir.glob("runs/*/events*")), "no TensorBoard log"
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
     assert isinstance(AutoModel.from_pretrained(trained_dir), MagnetoForTagSummarization)
@@ -91,6 +92,13 @@ def test_metrics_file_holds_the_contract_keys_for_each_split(trained_dir):
             *("keep_all_precision", "keep_all_recall", "keep_all_f1"),
         } <= set(figures)
         assert figures["keep_all_recall"] == 100
+        # The scores are raw, and so the paper's rule is the one in force.
+        for name in ("precision", "recall", "f1", "tag_f1", "image_f1", "reducible_f1"):
+            assert figures[f"{name}_at_half"] == figures[name], name
+        assert figures["expected_calibration_error_before"] == figures["expected_calibration_error"]
+        assert figures["expected_calibration_error_after"] != figures["expected_calibration_error"]
+    assert json.loads((trained_dir / "config.json").read_text())["calibration"] is None
+    assert AutoProcessor.from_pretrained(trained_dir).selection["rule"] == "threshold"
 
 
 def test_each_epoch_logs_losses_of_all_outputs_and_the_gate(trained_dir):
@@ -117,7 +125,8 @@ def test_calibrated_scores_and_the_rule_travel_with_the_model(config_file, datas
         metrics = json.loads((folder / "metrics.json").read_text())
         for figures in metrics.values():
             assert {"f1_at_half", "precision_at_half", "recall_at_half"} <= set(figures)
-            assert {"expected_calibration_error", "expected_calibration_error_before"} <= set(figures)
+            assert figures["expected_calibration_error"] == figures["expected_calibration_error_after"]
+            assert "expected_calibration_error_before" in figures
         assert (folder / "calibration.png").stat().st_size > 1000
         config = json.loads((folder / "config.json").read_text())
         assert set(config["calibration"]) == {"logits", "tag_logits", "image_logits"}
@@ -366,6 +375,8 @@ def test_the_outlier_test_counts_images_that_keep_a_strange_tag(trained_dir, dat
         (["--streaming", "true", "--cached_views", "2"], 2, "cached_views is 2, expected 0 with --streaming true"),
         # Before the rows are looked for.
         (["--int8", "true", "--dataset_name", "missing_folder"], 2, "int8 is for a frozen backbone"),
+        (["--metric_for_best_model", "f1_score", "--dataset_name", "missing_folder"], 2, "'f1_score', expected"),
+        (["--output_dir", __file__, "--dataset_name", "missing_folder"], 1, "expected a folder to write to"),
         (["--push_to_hub", "true"], 1, "offline mode is enabled"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else None,
@@ -395,9 +406,20 @@ def run_here(monkeypatch, capsys, script: str, *arguments) -> str:
 def test_pretraining_refuses_before_it_reads_what_it_cannot_do(config_file, tmp_path, monkeypatch, capsys):
     arguments = [config_file, "--dataset_name", "missing_folder", "--output_dir", tmp_path / "model"]
 
-    message = run_here(monkeypatch, capsys, "pretrain.py", *arguments, "--cached_views", 2)
+    for wish, message in {
+        ("--cached_views", 2): "cached_views is 2 and num_trainable_backbone_stages -1, expected 0",
+        ("--metric_for_best_model", "f1"): "metric_for_best_model is 'f1', expected one of average_precision, ",
+        ("--output_dir", __file__): f"output_dir is '{__file__}', expected a folder to write to: File exists",
+    }.items():
+        assert run_here(monkeypatch, capsys, "pretrain.py", *arguments, *wish).startswith(message)
 
-    assert message.startswith("cached_views is 2 and num_trainable_backbone_stages -1, expected 0")
+
+def test_pretraining_takes_a_file_whose_best_epoch_is_that_of_training(config_file, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "train.yaml"
+    file.write_text(f"{config_file.read_text()}metric_for_best_model: f1\n")
+    arguments = [file, "--output_dir", tmp_path / "model", "--dataset_name", "missing_folder"]
+
+    assert "missing_folder" in run_here(monkeypatch, capsys, "pretrain.py", *arguments)
 
 
 def test_nobody_waits_for_another_process_to_read_a_stream(config_file, tmp_path, monkeypatch, capsys):

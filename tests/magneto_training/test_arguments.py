@@ -10,10 +10,12 @@ from magneto_training import arguments as arguments_module
 from magneto_training.arguments import (
     OPTIM_ARGS,
     OPTIM_FLAGS,
+    TRAINING_METRICS,
     DataArguments,
     MagnetoTrainingArguments,
     ModelArguments,
     PredictArguments,
+    PretrainingArguments,
     PretrainingDataArguments,
     UsageError,
     UserError,
@@ -78,6 +80,22 @@ def test_an_unknown_field_in_the_file_suggests_the_nearest(tmp_path):
 
     with pytest.raises(UsageError, match="unknown field 'hiden_size' in .*config.yaml; did you mean 'hidden_size'?"):
         parse_arguments((ModelArguments, DataArguments), [config])
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("lr", "lr_scheduler_type"),
+        ("epochs", "num_train_epochs"),
+        ("patience", "early_stopping_patience"),
+        ("num_workers", "dataloader_num_workers"),
+        ("momentum", ".+"),
+    ],
+)
+def test_any_unknown_field_suggests_one_and_rather_one_that_holds_the_word(tmp_path, name, nearest):
+    for argv in ([f"--{name}", "1"], [write_yaml(tmp_path, f"{name}: 1\n")]):
+        with pytest.raises(UsageError, match=f"unknown field '{name}' in .*; did you mean '{nearest}'[?]$"):
+            parse_arguments((ModelArguments, DataArguments, MagnetoTrainingArguments), argv)
 
 
 @pytest.mark.parametrize("arguments", [["--hiden_size", "64"], ["--hiden_size=64"], ["--hiden-size", "64"]])
@@ -236,9 +254,10 @@ def test_a_command_ends_with_one_line_and_a_status(capsys, error, status):
     assert captured.err == f"train.py: error: {error}\n" and captured.out == ""
 
 
-def test_our_own_mistakes_keep_their_traceback():
-    with pytest.raises(KeyError), user_errors_in_one_line("train.py"):
-        raise KeyError("oops")
+@pytest.mark.parametrize("error", [KeyError("oops"), RuntimeError("shape '[2]' is invalid"), NotImplementedError()])
+def test_our_own_mistakes_keep_their_traceback(error):
+    with pytest.raises(type(error)), user_errors_in_one_line("train.py"):
+        raise error
 
 
 @pytest.mark.parametrize(
@@ -251,6 +270,8 @@ def test_our_own_mistakes_keep_their_traceback():
         ("seed", "-1", "seed is -1"),
         ("optim_args", "momentum0.9", "optim_args is 'momentum0.9', expected name=value"),
         ("early_stopping_patience", "0", "early_stopping_patience is 0, expected at least 1"),
+        ("gradient_accumulation_steps", "0", "gradient_accumulation_steps is 0, expected at least 1"),
+        ("dataloader_num_workers", "-1", "dataloader_num_workers is -1, expected at least 0"),
     ],
 )
 def test_training_arguments_out_of_range_are_named(name, value, message):
@@ -325,6 +346,8 @@ def test_early_stopping_without_anything_to_go_by_is_refused(tmp_path, changes, 
         ("prediction_loss_only", "true", "is True, expected False: metrics need the scores"),
         ("neftune_noise_alpha", "5", "is 5.0, expected None: the tags of a batch are embedded"),
         ("train_sampling_strategy", "batch_rebalance", "is 'batch_rebalance', expected 'random' or 'sequential': how"),
+        ("bf16_full_eval", "true", "is True, expected False: Trainer would leave the model in half precision"),
+        ("fp16_full_eval", "true", "is True, expected False: Trainer would leave the model in half precision"),
     ],
 )
 def test_what_trainer_offers_and_cannot_be_had_is_refused_with_the_reason(name, value, message):
@@ -361,6 +384,28 @@ def test_a_null_is_null_where_it_may_be_and_an_error_elsewhere(tmp_path):
         parse_arguments((MagnetoTrainingArguments,), [str(file)])
 
 
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        ("[tensorboard, wandb]", ["tensorboard", "wandb"], ["tensorboard", "wandb"]),
+        ("[]", ["none"], []),
+        ("none", ["none"], []),
+        ("wandb", ["wandb"], ["wandb"]),
+    ],
+)
+def test_the_curves_go_to_as_many_places_as_are_named(tmp_path, text, argv, expected):
+    (from_file,) = parse_arguments((MagnetoTrainingArguments,), [write_yaml(tmp_path, f"report_to: {text}\n")])
+    (from_command_line,) = parse_arguments((MagnetoTrainingArguments,), ["--report_to", *argv])
+    assert from_file.report_to == from_command_line.report_to == expected
+    assert MagnetoTrainingArguments(str(tmp_path)).report_to == ["tensorboard"]
+
+
+@pytest.mark.parametrize(("name", "message"), [("hidden_size", "is empty, expected"), ("image_mean", "has 0 numbers")])
+def test_an_empty_list_is_an_error_where_there_must_be_something(tmp_path, name, message):
+    with pytest.raises(UsageError, match=f"{name} {message}"):
+        parse_arguments((ModelArguments,), [write_yaml(tmp_path, f"{name}: []\n")])
+
+
 def test_help_is_no_setting_of_a_file(tmp_path):
     (tmp_path / "config.yaml").write_text("help: true\n")
     with pytest.raises(UsageError, match="unknown field 'help'"):
@@ -382,6 +427,22 @@ def test_weights_that_cannot_be_saved_are_one_line_too(capsys):
     assert line.startswith("train.py: error: Error while serializing: ") and "No space left" in line
 
 
+def test_a_full_disk_under_a_checkpoint_is_one_line_too(capsys):
+    with pytest.raises(SystemExit) as ended, user_errors_in_one_line("train.py"):
+        torch.save({"momentum": torch.zeros(100_000)}, "/dev/full")
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: a file cannot be written, the disk may be full: ")
+
+
+def test_a_full_gpu_is_one_line_too(capsys):
+    with pytest.raises(SystemExit) as ended, user_errors_in_one_line("train.py"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nGPU 0 has 1.00 GiB free.")
+    assert ended.value.code == 1
+    expected = "train.py: error: CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 1.00 GiB free.\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_file_for_two_commands_may_hold_the_fields_of_both(tmp_path):
     file = tmp_path / "both.yaml"
     file.write_text("dataset_name: photos\ntag_add_ratio: 0.25\noutlier_ratio: 2\n")
@@ -391,6 +452,20 @@ def test_a_file_for_two_commands_may_hold_the_fields_of_both(tmp_path):
         parse_arguments((PretrainingDataArguments,), [str(file)])
     with pytest.raises(UsageError, match="unknown field 'tag_add_ratio' in the command line"):
         parse_arguments((PretrainingDataArguments,), [str(file), "--tag_add_ratio", "1"], passed_over=(DataArguments,))
+
+
+def test_pretraining_passes_over_a_best_epoch_in_what_only_training_reports(tmp_path):
+    def read(text, *argv):
+        classes = (PretrainingDataArguments, PretrainingArguments)
+        argv = [write_yaml(tmp_path, f"dataset_name: photos\n{text}\n"), *argv]
+        _, args = parse_arguments(classes, argv, passed_over=(DataArguments,))
+        return args.metric_for_best_model, args.greater_is_better
+
+    for metric in (*TRAINING_METRICS, "eval_f1"):
+        assert read(f"metric_for_best_model: {metric}\ngreater_is_better: false") == ("average_precision", True)
+    assert read("metric_for_best_model: tag_average_precision") == ("tag_average_precision", True)
+    assert read("metric_for_best_model: loss") == ("loss", False)
+    assert read("learning_rate: 0.1", "--metric_for_best_model", "f1") == ("f1", True)  # which is refused later
 
 
 def test_a_command_that_reads_no_stream_does_not_pass_over_the_wish_for_one(tmp_path):

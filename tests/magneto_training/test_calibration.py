@@ -6,17 +6,14 @@ import torch
 from PIL import Image
 from transformers import EvalPrediction
 
-from magneto_training import evaluation
 from magneto_training.calibration import NUM_FOLDS, CrossFit, calibrate, fit_output, write_reliability_diagram
 from magneto_training.evaluation import (
     add_stored_rule,
     compute_metrics,
-    evaluate_selection,
     expected_calibration_error,
     output_names,
 )
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
-from modeling_magneto.selection_magneto import SelectionRule, select
 
 VOCAB_SIZE = 12
 
@@ -102,17 +99,22 @@ def test_a_handful_of_images_is_enough_to_go_on(model, num_images):
 
     cross_fit = calibrate(model, predict(split, split, split), seed=0)
 
-    assert np.isfinite(cross_fit.after).all() and all(map(math.isfinite, cross_fit.errors().values()))
+    assert np.isfinite(cross_fit.after).all() and all(map(math.isfinite, cross_fit.errors(model.config).values()))
 
 
 def test_calibration_reaches_a_small_error_on_other_images(model, prediction):
     cross_fit = calibrate(model, prediction, seed=0)
 
-    errors = cross_fit.errors()
-    assert errors["expected_calibration_error"] < 3 < 5 < errors["expected_calibration_error_before"]
+    errors = cross_fit.errors(model.config)
+    assert errors["expected_calibration_error_after"] < 3 < 5 < errors["expected_calibration_error_before"]
     other = predict(*[draw_split(seed=5)] * 3)
-    metrics = add_stored_rule(compute_metrics(other, model.config), other, model.config, {"rule": "expected_f1"})
-    assert metrics["expected_calibration_error"] < 4 < metrics["expected_calibration_error_before"]
+    config = model.config
+    metrics = add_stored_rule(
+        compute_metrics(other, config), other, config, {"rule": "expected_f1"}, config.calibration
+    )
+    assert metrics["expected_calibration_error_after"] < 4 < metrics["expected_calibration_error_before"]
+    for figures in (errors, metrics):
+        assert figures["expected_calibration_error"] == figures["expected_calibration_error_after"]
 
 
 def test_calibration_is_the_same_in_every_process(model, prediction):
@@ -169,43 +171,43 @@ def test_the_metrics_of_the_stored_rule_are_those_of_the_calibrated_model(model)
     raw = outputs()
     paper = compute_metrics(raw, model.config)
     calibrate(model, raw, seed=0)
-    metrics = add_stored_rule(paper, raw, model.config, {"rule": "threshold", "threshold": 0.5})
+    rule = {"rule": "threshold", "threshold": 0.5}
+    metrics = add_stored_rule(paper, raw, model.config, rule, model.config.calibration)
 
     expected = compute_metrics(outputs(), model.config)  # at 0.5, of outputs that are calibrated now
     for name in ("precision", "recall", "f1", "tag_f1", "image_f1", "reducible_f1"):
         assert metrics[name] == expected[name], name
-    for name in ("precision", "recall", "f1"):
         assert metrics[f"{name}_at_half"] == paper[name]
     for name in ("final_loss", "tag_loss", "image_loss"):
         assert metrics[name] == paper[name] != expected[name]
 
 
-@pytest.mark.parametrize("num_images", [1, 256, 600])
-def test_the_tags_of_a_few_images_at_a_time_are_chosen_as_of_all_at_once(model, monkeypatch, num_images):
-    logits, tags, labels = draw_split(num_images)
-    prediction = predict(*[(logits, tags, labels)] * 3)
-    rule = SelectionRule("expected_f1")
-    at_once = select(torch.sigmoid(logits), labels != -100, rule).numpy()
-    sizes = []
-    monkeypatch.setattr(evaluation, "select", lambda *args: sizes.append(len(args[0])) or select(*args))
-
-    metrics = add_stored_rule(compute_metrics(prediction, model.config), prediction, model.config, {"rule": rule.rule})
-
-    expected = evaluate_selection({"logits": list(at_once), "tag_logits": list(at_once)}, list(labels.numpy()))
-    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
-    assert max(sizes) <= 256  # each has a table of its own, of the longest list squared
-
-
-def test_the_papers_rule_leaves_its_own_figures(model, prediction):
+def test_the_papers_rule_leaves_its_own_figures_and_says_what_calibration_would_do(model, prediction):
     paper = compute_metrics(prediction, model.config)
+    cross_fit = calibrate(model, prediction, seed=0)
+    fitted = model.config.calibration
+    model.set_calibration(None)
 
-    metrics = add_stored_rule(paper, prediction, model.config, {"rule": "threshold", "threshold": 0.5})
+    metrics = add_stored_rule(paper, prediction, model.config, {"rule": "threshold", "threshold": 0.5}, fitted)
 
+    of_the_rule = ("precision", "recall", "f1", "reducible_f1", "tag_f1", "image_f1")
     assert paper.items() <= metrics.items()
-    assert {name: metrics[f"{name}_at_half"] for name in ("precision", "recall", "f1")}.items() <= paper.items()
-    assert set(metrics) - set(paper) == {
-        *("precision_at_half", "recall_at_half", "f1_at_half", "expected_calibration_error")
-    }
+    assert {name: metrics[f"{name}_at_half"] for name in of_the_rule}.items() <= paper.items()
+    errors = {f"expected_calibration_error{suffix}" for suffix in ("", "_before", "_after")}
+    assert set(metrics) - set(paper) == {*(f"{name}_at_half" for name in of_the_rule), *errors}
+    for figures in (metrics, cross_fit.errors(model.config)):
+        assert figures["expected_calibration_error"] == figures["expected_calibration_error_before"]
+        assert figures["expected_calibration_error_after"] < 3 < 5 < figures["expected_calibration_error"]
+
+
+def test_a_single_stream_has_no_figures_of_the_other(model):
+    logits, _, labels = (array.numpy() for array in draw_split(20))
+    config = MagnetoConfig(streams="tag", vocab_size=VOCAB_SIZE)
+    prediction = EvalPrediction((logits, logits), labels, labels.clip(0))
+
+    metrics = add_stored_rule(compute_metrics(prediction, config), prediction, config, {"rule": "threshold"}, {})
+
+    assert metrics["tag_f1_at_half"] == metrics["f1_at_half"] and "image_f1_at_half" not in metrics
 
 
 def test_the_calibration_error_equals_a_plain_loop():

@@ -19,6 +19,7 @@ FIGURES = {
     **{"precision": 81.111, "recall": 82.222, "f1": 83.333, "reducible_f1": 73.333},
     **{"tag_f1": 41.414, "image_f1": 42.424},
     **{"keep_all_precision": 61.111, "keep_all_recall": 100.0, "keep_all_f1": 63.333, "keep_all_reducible_f1": 53.333},
+    **{"expected_calibration_error_before": 5.678, "expected_calibration_error_after": 1.234},
 }
 
 
@@ -73,7 +74,8 @@ def test_the_results_in_the_metadata_are_the_runs_own(make_card):
 
 
 def test_the_table_shows_the_runs_own_figures(make_card):
-    lines = [line for line in make_card().text.splitlines() if line.startswith("|")]
+    results = make_card().text.split("## Results")[1].split("Scores are")[0]
+    lines = [line for line in results.splitlines() if line.startswith("|")]
 
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert all(len(row) == 7 for row in rows)
@@ -208,27 +210,27 @@ def test_the_limits_are_told(make_card):
         assert words in limits
 
 
-CALIBRATED = {
-    **{"precision_at_half": 83.1, "recall_at_half": 84.1, "f1_at_half": 82.1},
-    **{"expected_calibration_error": 1.234, "expected_calibration_error_before": 5.678},
-}
+AT_HALF = {"precision_at_half": 83.1, "recall_at_half": 84.1, "f1_at_half": 82.1}
 
 
 def test_a_calibrated_model_says_how_it_chooses_and_how_far_to_trust_its_scores(make_card):
     config = MagnetoConfig(calibration={"logits": {"temperature": 2.0, "bias": 0.0}})
 
-    text = make_card({"validation": {**FIGURES, **CALIBRATED}}, config, selection={"rule": "expected_f1"}).text
+    text = make_card({"validation": {**FIGURES, **AT_HALF}}, config, selection={"rule": "expected_f1"}).text
 
+    assert "\nScores are calibrated: about 70 %" in text and "Scores are raw" not in text
     assert "The tags with the highest expected F1 of an image are chosen." in text
     assert "| | | MAGNeto, raw scores at 0.5 | 83.1 | 84.1 | 82.1 | |" in text
     assert "| validation | 5.7 | 1.2 |" in text and "(calibration.png)" in text
 
 
-def test_an_uncalibrated_model_shows_the_papers_rule_alone(make_card):
-    text = make_card({"validation": {**FIGURES, **CALIBRATED}}).text
+def test_an_uncalibrated_model_shows_the_papers_rule_alone_and_what_calibration_would_do(make_card):
+    text = make_card({"validation": {**FIGURES, **AT_HALF}}).text
 
     assert "Tags with a score of at least 0.5 are chosen." in text
-    assert "raw scores" not in text and "calibrat" not in text
+    assert "MAGNeto, raw scores at 0.5" not in text and "Scores are calibrated" not in text
+    assert "\nScores are raw, as before calibration: " in text and "but not stored.\nThe expected calibration" in text
+    assert "| validation | 5.7 | 1.2 |" in text and "(calibration.png)" in text
 
 
 def test_the_card_has_no_gaps(make_card):

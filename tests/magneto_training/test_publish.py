@@ -24,6 +24,7 @@ FIGURES = dict.fromkeys(
     [
         *("num_images", "precision", "recall", "f1", "reducible_f1", "tag_f1", "image_f1"),
         *("keep_all_precision", "keep_all_recall", "keep_all_f1", "keep_all_reducible_f1"),
+        *("expected_calibration_error_before", "expected_calibration_error_after"),
     ],
     50.0,
 )

@@ -1,16 +1,19 @@
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, RepoUrl, constants
+from safetensors.torch import save_file
 from transformers import TrainerState
 
 from magneto_training.arguments import (
     DataArguments,
     MagnetoTrainingArguments,
     ModelArguments,
+    PretrainingArguments,
     UsageError,
     UserError,
 )
@@ -22,6 +25,7 @@ from magneto_training.tag_data import load_training_splits
 from magneto_training.trainer import (
     MagnetoTrainer,
     PatientStoppingCallback,
+    check_output_dir,
     check_training_options,
     find_checkpoint,
 )
@@ -302,14 +306,17 @@ def test_trainers_own_pushing_is_refused(make_trainer, strategy):
 
 def make_checkpoints(folder: Path, complete=(), partial=()) -> None:
     for step in (*complete, *partial):
-        (folder / f"checkpoint-{step}").mkdir(parents=True)
-        (folder / f"checkpoint-{step}" / "model.safetensors").touch()
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        save_file({"weights": torch.zeros(9)}, checkpoint / "model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"state": torch.zeros(9)}, checkpoint / name)
     for step in complete:
-        (folder / f"checkpoint-{step}" / "trainer_state.json").touch()
+        TrainerState(train_batch_size=32).save_to_json(folder / f"checkpoint-{step}" / "trainer_state.json")
 
 
-def training_args(folder, resume=None) -> MagnetoTrainingArguments:
-    return MagnetoTrainingArguments(output_dir=str(folder), resume_from_checkpoint=resume)
+def training_args(folder, resume=None, **changes) -> MagnetoTrainingArguments:
+    return MagnetoTrainingArguments(str(folder), resume_from_checkpoint=resume, use_cpu=True, **changes)
 
 
 @pytest.mark.parametrize("resume", [None, "false", "False", "true"])
@@ -351,6 +358,122 @@ def test_a_named_checkpoint_that_is_not_there_is_an_error(tmp_path):
 
     with pytest.raises(UserError, match="checkpoint-10.*expected a complete checkpoint folder"):
         find_checkpoint(training_args(tmp_path, str(tmp_path / "checkpoint-10")))
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, capsys, name, share):
+    make_checkpoints(tmp_path, complete=[9, 10])
+    file = tmp_path / "checkpoint-10" / name
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+
+    assert find_checkpoint(training_args(tmp_path, "true")) == str(tmp_path / "checkpoint-9")
+    assert capsys.readouterr().out == f"{file} is damaged: checkpoint-10 is passed over\n"
+    with pytest.raises(UserError, match=f"{file} is damaged, expected another checkpoint"):
+        find_checkpoint(training_args(tmp_path, str(tmp_path / "checkpoint-10")))
+    with pytest.raises(UserError, match="holds checkpoint-10 of another run"):
+        find_checkpoint(training_args(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rng_state.pth": ["rng_state_0.pth", "rng_state_1.pth"]}, "rng_state_0.pth, rng_state_1.pth, expected rng_"),
+        (
+            {"rng_state.pth": ["rng_state_0.pth"]},
+            "rng_state_0.pth, expected rng_state.pth: a run goes on with as many",
+        ),
+        ({"optimizer.pt": []}, "no optimizer.pt, expected a checkpoint saved without --save_only_model"),
+        ({"scheduler.pt": []}, "no scheduler.pt, expected"),
+    ],
+)
+def test_a_run_does_not_go_on_otherwise_than_it_began(tmp_path, changes, message):
+    make_checkpoints(tmp_path, complete=[9])
+    checkpoint = tmp_path / "checkpoint-9"
+    for name, others in changes.items():
+        for other in others:
+            shutil.copy(checkpoint / name, checkpoint / other)
+        (checkpoint / name).unlink()
+
+    for resume in ("true", str(checkpoint)):
+        with pytest.raises(UserError, match=f"checkpoint-9 has {message}"):
+            find_checkpoint(training_args(tmp_path, resume))
+
+
+def test_several_processes_go_on_with_as_many_random_states(tmp_path, monkeypatch):
+    make_checkpoints(tmp_path, complete=[9])
+    checkpoint = tmp_path / "checkpoint-9"
+    monkeypatch.setattr(MagnetoTrainingArguments, "world_size", 2)
+    with pytest.raises(UserError, match="has rng_state.pth, expected rng_state_0.pth, rng_state_1.pth: a run goes on"):
+        find_checkpoint(training_args(tmp_path, "true"))
+
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
+    assert find_checkpoint(training_args(tmp_path, "true")) == str(checkpoint)
+
+
+def test_a_run_goes_on_with_as_many_images_a_step(tmp_path):
+    make_checkpoints(tmp_path, complete=[9])
+    # As many steps an epoch, with half the images in each of twice as many parts.
+    changes = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
+    with pytest.raises(
+        UserError, match="checkpoint-9 is of 32 images a step .*, and this run has 16; expected as many"
+    ):
+        find_checkpoint(training_args(tmp_path, "true", **changes))
+    # A batch size that was found by itself is found again.
+    assert find_checkpoint(training_args(tmp_path, "true", auto_find_batch_size=True, **changes))
+
+
+@pytest.mark.parametrize("name", ["file", "file/model", "/proc"])
+def test_a_folder_that_cannot_be_written_to_shows_before_rows_are_read(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"output_dir is '.*{name}', expected a folder to write to: "):
+        check_output_dir(str(tmp_path / name))
+
+
+def test_a_folder_that_can_be_written_to_is_made(tmp_path):
+    for _ in range(2):
+        check_output_dir(str(tmp_path / "runs" / "first"))
+    assert list((tmp_path / "runs").iterdir()) == [tmp_path / "runs" / "first"]
+    assert not list((tmp_path / "runs" / "first").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args_class", "streams", "wanted"),
+    [
+        (MagnetoTrainingArguments, "both", "f1_score"),
+        (MagnetoTrainingArguments, "both", "average_precision"),
+        (MagnetoTrainingArguments, "both", "keep_all_f1"),
+        (MagnetoTrainingArguments, "image", "tag_f1"),
+        (MagnetoTrainingArguments, "tag", "eval_mean_gate"),
+        (PretrainingArguments, "both", "f1"),
+        (PretrainingArguments, "tag", "image_average_precision"),
+    ],
+)
+def test_a_best_epoch_in_what_is_not_reported_shows_before_rows_are_read(tmp_path, args_class, streams, wanted):
+    args = args_class(str(tmp_path), metric_for_best_model=wanted)
+    with pytest.raises(UsageError, match=f"^metric_for_best_model is '{wanted}', expected one of .*loss"):
+        check_training_options(ModelArguments(streams=streams), args)
+
+
+@pytest.mark.parametrize(
+    ("args_class", "streams", "wanted"),
+    [
+        (MagnetoTrainingArguments, "both", "f1 eval_f1 precision recall reducible_f1 tag_f1 image_f1 loss final_loss"),
+        (MagnetoTrainingArguments, "both", "tag_loss image_loss mean_gate"),
+        (MagnetoTrainingArguments, "image", "f1 image_f1 loss eval_loss"),
+        (PretrainingArguments, "both", "average_precision tag_average_precision image_average_precision tag_f1 loss"),
+        (PretrainingArguments, "image", "average_precision image_average_precision image_f1 loss"),
+    ],
+)
+def test_the_best_epoch_can_be_that_of_any_figure_that_is_reported(tmp_path, args_class, streams, wanted):
+    for name in wanted.split():
+        args = args_class(str(tmp_path), metric_for_best_model=name)
+        check_training_options(ModelArguments(streams=streams), args)
+    check_training_options(ModelArguments(), args_class(str(tmp_path)))
+    nothing = args_class(str(tmp_path), metric_for_best_model=None, load_best_model_at_end=False)
+    check_training_options(ModelArguments(), nothing)
 
 
 def test_other_folders_beside_checkpoints_do_no_harm(tmp_path):
@@ -422,6 +545,8 @@ def test_a_run_with_other_steps_an_epoch_does_not_go_on_with_a_checkpoint(make_t
     half, whole = (f"{first.args.output_dir}/checkpoint-{steps}" for steps in (3, 6))
 
     resumed = make_trainer(num_train_epochs=2, **options)
+    resumed.args.resume_from_checkpoint = half
+    assert find_checkpoint(resumed.args) == half
     resumed.train(resume_from_checkpoint=half)
     assert resumed.state.global_step == 12
 
