@@ -15,6 +15,7 @@ from magneto_training.arguments import (
     parse_arguments,
     user_errors_in_one_line,
 )
+from magneto_training.checkpoints import find_checkpoint
 from magneto_training.collation import AugmentedDataset, OutlierCollator, SeededDataset, TagCollator
 from magneto_training.evaluation import compute_detection_metrics, format_detection_metrics, write_metrics
 from magneto_training.feature_cache import build_feature_caches
@@ -23,7 +24,7 @@ from magneto_training.initialization import start_model
 from magneto_training.model_card import write_model_card
 from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.tag_data import build_vocabulary, load_pretraining_splits
-from magneto_training.trainer import MagnetoTrainer, check_output_dir, check_training_options, find_checkpoint
+from magneto_training.trainer import MagnetoTrainer, check_output_dir, check_training_options
 from modeling_magneto import MagnetoForOutlierDetection
 
 

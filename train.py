@@ -13,6 +13,7 @@ from magneto_training.arguments import (
 )
 from magneto_training.augmentation import TagAugmentation
 from magneto_training.calibration import calibrate, write_reliability_diagram
+from magneto_training.checkpoints import find_checkpoint
 from magneto_training.collation import AugmentedDataset, SeededDataset, TagCollator
 from magneto_training.evaluation import add_stored_rule, compute_metrics, format_metrics, write_metrics
 from magneto_training.feature_cache import build_feature_caches
@@ -23,7 +24,7 @@ from magneto_training.publish import choose_widget_rows
 from magneto_training.quantized_backbone import backbone_for_workers
 from magneto_training.streaming import StreamedCollator, StreamedDataset, check_streaming, load_streamed_splits
 from magneto_training.tag_data import build_vocabulary, load_training_splits
-from magneto_training.trainer import MagnetoTrainer, check_output_dir, check_training_options, find_checkpoint
+from magneto_training.trainer import MagnetoTrainer, check_output_dir, check_training_options
 from modeling_magneto import MagnetoForTagSummarization
 
 

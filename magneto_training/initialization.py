@@ -1,6 +1,5 @@
 """Where a model starts: at ImageNet weights, word vectors (section 3.1), a MAGNeto (section 5.2) or a checkpoint."""
 
-import dataclasses
 import gzip
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,13 +7,14 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig
+from transformers import AutoModel, AutoProcessor
 
-from modeling_magneto import MagnetoConfig, MagnetoPreTrainedModel, MagnetoProcessor
+from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
 from modeling_magneto.processing_magneto import normalize_tag
 
 from .arguments import ModelArguments, UserError
 from .backbone import prepare_backbone, resolve_normalization
+from .checkpoints import check_checkpoint
 
 EMBEDDING = "tag_embedder.weight"
 
@@ -123,25 +123,6 @@ def load_source(folder: str) -> tuple[MagnetoPreTrainedModel, MagnetoProcessor]:
             found = f"{problem}: {len(names)}, the first is {min(names)}"
             raise UserError(f"the model {folder!r} {found}; expected what its config.json says")
     return model, processor
-
-
-def check_checkpoint(checkpoint: str, model: MagnetoPreTrainedModel, processor: MagnetoProcessor) -> None:
-    """Raise `UserError` where a checkpoint belongs to another model than this run's, or to other tags."""
-    config = model.config
-    saved, saved_processor = MagnetoConfig.from_pretrained(checkpoint), MagnetoProcessor.from_pretrained(checkpoint)
-    own = {item.name for item in dataclasses.fields(MagnetoConfig)} - {
-        item.name for item in dataclasses.fields(PreTrainedConfig)
-    }
-    pairs = {"architectures": (saved.architectures, [type(model).__name__])}  # of train.py or of pretrain.py
-    pairs |= {name: (getattr(saved, name), getattr(config, name)) for name in sorted(own)}
-    for name in ("image_mean", "image_std"):
-        pairs[name] = tuple(list(getattr(which.image_processor, name)) for which in (saved_processor, processor))
-    # The embeddings are told apart by their places alone. How many they are, vocab_size has said before.
-    vocabularies = zip(saved_processor.vocabulary, processor.vocabulary, strict=False)
-    pairs |= {f"tag {index} of the vocabulary": tags for index, tags in enumerate(vocabularies)}
-    for name, (found, expected) in pairs.items():
-        if found != expected:
-            raise UserError(f"the checkpoint {checkpoint} has {name} {found!r}, expected {expected!r} as in this run")
 
 
 def copy_weights(

@@ -1,10 +1,8 @@
-"""transformers' Trainer for MAGNeto, what a run is refused before rows are read, and where a resumed one goes on."""
+"""transformers' Trainer for MAGNeto, and what a run is refused before rows are read."""
 
 import functools
-import json
 import math
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,11 +10,10 @@ from tempfile import TemporaryFile
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback, get_scheduler
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoPreTrainedModel, MagnetoProcessor
 
@@ -306,74 +303,3 @@ def check_output_dir(output_dir: str) -> None:
         TemporaryFile(dir=output_dir).close()
     except OSError as error:
         raise UserError(f"output_dir is {output_dir!r}, expected a folder to write to: {error.strerror}") from None
-
-
-def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
-    """The checkpoint to go on from: a named one, or with `true` the last one in `output_dir` that is not damaged.
-
-    Raises:
-        UserError: The named checkpoint is not there or damaged, a run could not go on from the one found as it began,
-            or `output_dir` holds another run's checkpoints.
-    """
-    # Trainer writes its state last: a checkpoint without it was cut short.
-    states = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    numbered = [path.parent for path in states if path.parent.name.rpartition("-")[2].isdigit()]
-    complete = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        if complete:
-            raise UserError(
-                f"output_dir {args.output_dir!r} holds {complete[-1].name} of another run: give "
-                "--resume_from_checkpoint true to go on with it, or another --output_dir"
-            )
-        return None
-    is_named = str(wanted).lower() != "true"
-    if is_named and not (Path(wanted) / TRAINER_STATE_NAME).is_file():
-        raise UserError(f"resume_from_checkpoint is {wanted!r}, expected a complete checkpoint folder")
-    for checkpoint in [Path(wanted)] if is_named else reversed(complete):
-        damaged = _find_damaged(checkpoint)
-        if damaged is None:
-            _check_goes_on(checkpoint, args)
-            return str(checkpoint)
-        if is_named:
-            raise UserError(f"{damaged} is damaged, expected another checkpoint to go on from")
-        if args.process_index == 0:
-            print(f"{damaged} is damaged: {checkpoint.name} is passed over", flush=True)
-    return None
-
-
-def _find_damaged(checkpoint: Path) -> Path | None:
-    """A file that is not there to its end: after a crash, or on a full disk."""
-    for file in sorted(checkpoint.iterdir()):
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-            elif file.suffix == ".safetensors":
-                safe_open(file, "pt")  # reads where the tensors lie, and how long the file is to be
-            elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):  # which has its index at the end
-                return file
-        except (ValueError, SafetensorError):
-            return file
-    return None
-
-
-def _check_goes_on(checkpoint: Path, args: MagnetoTrainingArguments) -> None:
-    """Raise `UserError` where Trainer would go on without a word, and otherwise than the run has begun."""
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-        if not (checkpoint / name).is_file():
-            raise UserError(f"{checkpoint} has no {name}, expected a checkpoint saved without --save_only_model")
-    expected = ["rng_state.pth"]
-    if args.world_size > 1:
-        expected = [f"rng_state_{index}.pth" for index in range(args.world_size)]
-    found = {file.name for file in checkpoint.glob("rng_state*.pth")}
-    if found != set(expected):
-        raise UserError(
-            f"{checkpoint} has {', '.join(sorted(found)) or 'no rng_state.pth'}, expected {', '.join(expected)}: "
-            "a run goes on with as many processes as before"
-        )
-    size = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["train_batch_size"]
-    if size != args.train_batch_size and not args.auto_find_batch_size:
-        raise UserError(
-            f"{checkpoint} is of {size} images a step in each process, and this run has {args.train_batch_size}; "
-            "expected as many as before"
-        )

@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 
 from magneto_training.arguments import ModelArguments, UserError
 from magneto_training.initialization import (
-    check_checkpoint,
     copy_weights,
     init_tag_vectors,
     initialize_model,
@@ -314,30 +313,3 @@ def test_a_missing_or_damaged_file_is_named(tiny_config, tmp_path):
     for name in ("missing.txt", "vectors.txt.gz"):
         with pytest.raises(UserError, match=f"{name}.*cannot be read"):
             init_tag_vectors(model, processor, str(tmp_path / name), seed=0)
-
-
-def test_a_checkpoint_of_another_model_is_refused_by_field(tiny_model, processor, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    check_checkpoint(str(tmp_path), tiny_model, processor)
-    wider = MagnetoForTagSummarization(MagnetoConfig(**{**tiny_model.config.to_dict(), "hidden_size": 32}))
-    with pytest.raises(UserError, match="has hidden_size 16, expected 32 as in this run"):
-        check_checkpoint(str(tmp_path), wider, processor)
-    found = "has architectures .'MagnetoForTagSummarization'., expected .'MagnetoForOutlierDetection'. as in this run"
-    with pytest.raises(UserError, match=found):
-        check_checkpoint(str(tmp_path), MagnetoForOutlierDetection(tiny_model.config), processor)
-
-
-def test_a_checkpoint_of_other_tags_or_colours_is_refused(tiny_model, processor, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    tags = processor.vocabulary  # as many in each run, so that the configurations are the same
-    for changes, message in (
-        ({"tags": ["blue", "green", "pink", "red"]}, "has tag 2 of the vocabulary 'red', expected 'pink' as in this"),
-        ({"tags": tags[::-1]}, "has tag 0 of the vocabulary 'blue', expected 'yellow' as in this run"),
-        ({"image_mean": [0.5, 0.5, 0.25]}, r"has image_mean \[0.485, .*\], expected \[0.5, 0.5, 0.25\] as in this"),
-        ({"image_std": [0.5, 0.5, 0.25]}, r"has image_std \[0.229, .*\], expected \[0.5, 0.5, 0.25\] as in this run"),
-    ):
-        other = MagnetoProcessor.from_vocabulary(**{"tags": tags, "image_size": 32, **changes})
-        with pytest.raises(UserError, match=message):
-            check_checkpoint(str(tmp_path), tiny_model, other)

@@ -1,0 +1,105 @@
+"""Checkpoints: from which one an interrupted run goes on, and from which it must not."""
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from modeling_magneto import MagnetoConfig, MagnetoPreTrainedModel, MagnetoProcessor
+
+from .arguments import MagnetoTrainingArguments, UserError
+
+
+def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
+    """The checkpoint to go on from: a named one, or with `true` the last one in `output_dir` that is not damaged.
+
+    Raises:
+        UserError: The named checkpoint is not there or damaged, a run could not go on from the one found as it began,
+            or `output_dir` holds another run's checkpoints.
+    """
+    # Trainer writes its state last: a checkpoint without it was cut short.
+    states = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    numbered = [path.parent for path in states if path.parent.name.rpartition("-")[2].isdigit()]
+    complete = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        if complete:
+            raise UserError(
+                f"output_dir {args.output_dir!r} holds {complete[-1].name} of another run: give "
+                "--resume_from_checkpoint true to go on with it, or another --output_dir"
+            )
+        return None
+    is_named = str(wanted).lower() != "true"
+    if is_named and not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+        raise UserError(f"resume_from_checkpoint is {wanted!r}, expected a complete checkpoint folder")
+    for checkpoint in [Path(wanted)] if is_named else reversed(complete):
+        damaged = _find_damaged(checkpoint)
+        if damaged is None:
+            _check_goes_on(checkpoint, args)
+            return str(checkpoint)
+        if is_named:
+            raise UserError(f"{damaged} is damaged, expected another checkpoint to go on from")
+        if args.process_index == 0:
+            print(f"{damaged} is damaged: {checkpoint.name} is passed over", flush=True)
+    return None
+
+
+def check_checkpoint(checkpoint: str, model: MagnetoPreTrainedModel, processor: MagnetoProcessor) -> None:
+    """Raise `UserError` where a checkpoint belongs to another model than this run's, or to other tags."""
+    config = model.config
+    saved, saved_processor = MagnetoConfig.from_pretrained(checkpoint), MagnetoProcessor.from_pretrained(checkpoint)
+    own = {item.name for item in dataclasses.fields(MagnetoConfig)} - {
+        item.name for item in dataclasses.fields(PreTrainedConfig)
+    }
+    pairs = {"architectures": (saved.architectures, [type(model).__name__])}  # of train.py or of pretrain.py
+    pairs |= {name: (getattr(saved, name), getattr(config, name)) for name in sorted(own)}
+    for name in ("image_mean", "image_std"):
+        pairs[name] = tuple(list(getattr(which.image_processor, name)) for which in (saved_processor, processor))
+    # The embeddings are told apart by their places alone. How many they are, vocab_size has said before.
+    vocabularies = zip(saved_processor.vocabulary, processor.vocabulary, strict=False)
+    pairs |= {f"tag {index} of the vocabulary": tags for index, tags in enumerate(vocabularies)}
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            raise UserError(f"the checkpoint {checkpoint} has {name} {found!r}, expected {expected!r} as in this run")
+
+
+def _find_damaged(checkpoint: Path) -> Path | None:
+    """A file that is not there to its end: after a crash, or on a full disk."""
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                safe_open(file, "pt")  # reads where the tensors lie, and how long the file is to be
+            elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):  # which has its index at the end
+                return file
+        except (ValueError, SafetensorError):
+            return file
+    return None
+
+
+def _check_goes_on(checkpoint: Path, args: MagnetoTrainingArguments) -> None:
+    """Raise `UserError` where Trainer would go on without a word, and otherwise than the run has begun."""
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+        if not (checkpoint / name).is_file():
+            raise UserError(f"{checkpoint} has no {name}, expected a checkpoint saved without --save_only_model")
+    expected = ["rng_state.pth"]
+    if args.world_size > 1:
+        expected = [f"rng_state_{index}.pth" for index in range(args.world_size)]
+    found = {file.name for file in checkpoint.glob("rng_state*.pth")}
+    if found != set(expected):
+        raise UserError(
+            f"{checkpoint} has {', '.join(sorted(found)) or 'no rng_state.pth'}, expected {', '.join(expected)}: "
+            "a run goes on with as many processes as before"
+        )
+    size = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["train_batch_size"]
+    if size != args.train_batch_size and not args.auto_find_batch_size:
+        raise UserError(
+            f"{checkpoint} is of {size} images a step in each process, and this run has {args.train_batch_size}; "
+            "expected as many as before"
+        )
