@@ -32,7 +32,7 @@ def main() -> None:
             print(format_metrics({args.dataset_name: metrics}))
         if "outlier_percent" in metrics:
             print(f"images with a strange tag among the selected ones: {metrics['outlier_percent']:.2f} %")
-        print(describe_files(args))
+        print(describe_files(args, processor))
         if args.report_images and not args.streaming:
             print(f"report: {write_report(model, processor, dataset, args, metrics)}")
 

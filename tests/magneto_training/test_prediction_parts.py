@@ -204,8 +204,17 @@ def test_an_unreadable_photograph_stops_with_its_item_id(predict, rows, tmp_path
     assert not (tmp_path / "out.parquet").exists()
 
 
+def test_tags_that_the_model_does_not_know_are_counted(predict, processor, rows):
+    predict(rows)
+    assert "unknown" not in describe_files(predict.args, processor)
+
+    predict([*rows, {**rows[0], "tags": ["Blue", "#blue", "ocean"], "important_tags": ["Blue"]}])
+    num_tags = sum(len(row["tags"]) for row in rows) + 3
+    assert f"\n2 of {num_tags} tags are unknown to the model" in describe_files(predict.args, processor)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"streaming": True}], ids=str)
-def test_bad_rows_are_skipped_listed_and_counted(predict, rows, tmp_path, options):
+def test_bad_rows_are_skipped_listed_and_counted(predict, processor, rows, tmp_path, options):
     expected, _ = predict(rows, "all")
     bad = list(rows)
     for index in (2, 12, 13, 14, 15, 16, 17):  # all of the third part
@@ -222,7 +231,7 @@ def test_bad_rows_are_skipped_listed_and_counted(predict, rows, tmp_path, option
         listed = [tuple(row.values()) for row in csv.DictReader(file)]
     reasons = {7: "no tags", 21: "important_tags that are not among tags"}
     assert listed == [(str(i), f"im{i}", reasons.get(i, "an unreadable photograph")) for i in gone]
-    assert describe_files(predict.args).endswith(f"9 rows were left out: {tmp_path / 'out.skipped.csv'}")
+    assert describe_files(predict.args, processor).endswith(f"9 rows were left out: {tmp_path / 'out.skipped.csv'}")
 
     predict(rows)
     assert not (tmp_path / "out.skipped.csv").exists() and not read_skipped(tmp_path / "out.parquet")
