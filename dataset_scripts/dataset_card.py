@@ -1,5 +1,6 @@
 """The README.md of a prepared dataset, with its two figures, written from the files themselves."""
 
+from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,13 +133,8 @@ def _uncompressed_bytes(file: Path) -> int:
 
 
 def _size_category(rows: int) -> str:
-    limits = [(1_000, "1K"), (10_000, "10K"), (100_000, "100K"), (1_000_000, "1M")]
-    previous = None
-    for limit, name in limits:
-        if rows < limit:
-            return f"{previous}<n<{name}" if previous else f"n<{name}"
-        previous = name
-    return "1M<n<10M"
+    categories = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")
+    return categories[bisect([1_000, 10_000, 100_000, 1_000_000], rows)]
 
 
 def _count_tags(folder: Path, rows: dict[str, int]) -> Statistics:

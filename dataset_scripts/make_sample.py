@@ -3,7 +3,6 @@
 python dataset_scripts/make_sample.py OUT [--num_images N] [--seed S]
 """
 
-import argparse
 import io
 import shutil
 import sys
@@ -14,13 +13,14 @@ from random import Random
 
 from drawn_scenes import SAMPLE_MARKER, Scene, draw_scene, plan_scene
 from nus_wide import CONCEPTS
+from prepare_command import ArgumentParser
 from tqdm import tqdm
 
 TEST_SHARE = 0.25
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     parser.add_argument("--num_images", type=int, default=4000, help="pictures; the filter keeps about 3 of 4")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures")

@@ -3,8 +3,7 @@
 Both prepare scripts end here. A dataset is written in two passes. The first collects the checked
 rows of every split on disk: the plan. The second walks the plan, encodes the photographs in
 parallel and writes shards. All of it happens in `OUT.partial`, which takes the name OUT when
-everything is there; an interrupted run finds its finished shards and encoded photographs there
-and goes on.
+everything is there; an interrupted run finds its finished shards there and goes on behind them.
 """
 
 import errno
@@ -13,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import sqlite3
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ import datasets
 import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
@@ -58,7 +57,6 @@ TURNS = {
 # What the system says of a photograph that is not there, or that is damaged and sends its reader to where no file may
 # reach. Anything else, as of a network share that is lost, may pass.
 ERRORS_OF_A_PHOTOGRAPH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
-COMMIT_EVERY = 200  # photographs; what a killed run can lose
 
 PLAN_SCHEMA = pa.schema(
     {
@@ -143,18 +141,22 @@ class DatasetWriter:
         try:
             for stem in SHARD_STEMS.values():
                 (self.folder / stem).parent.mkdir(parents=True, exist_ok=True)
-            self._progress = Progress(self.folder / "progress.sqlite")
+            self._lock = FileLock(self.folder / "lock", timeout=0)
+            self._lock.acquire()
+            self._progress = Progress(self.folder / "progress.json")
             self._plan = Plan(self.folder / "plan")
+        except Timeout:
+            raise InputError(f"{self.folder}: another run is writing this dataset") from None
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written ({error})") from error
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
         self._plan.close()
-        self._progress.close()
         # Nothing to go on from, so nothing to leave behind: most likely the input is wrong.
         if error_type is not None and self._progress.is_empty:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
 
     def add(self, item: Item) -> None:
         """Adds one row."""
@@ -182,11 +184,11 @@ class DatasetWriter:
             for split in SHARD_STEMS:
                 self._write_split(split, bar)
 
-        faults = self._progress.faults()
+        faults = self._progress.faults
         (self.folder / "missing_images.txt").write_text(
-            "".join("\t".join(fault) + "\n" for fault in faults), encoding="utf-8"
+            "".join("\t".join(fault[:-1]) + "\n" for fault in faults), encoding="utf-8"
         )
-        kinds = Counter(reason.partition(":")[0] for *_, reason in faults)
+        kinds = Counter(fault.why.partition(":")[0] for fault in faults)
         rows = {
             split: sum(pq.read_metadata(shard).num_rows for shard in shards(self.folder, split))
             for split in SHARD_STEMS
@@ -199,9 +201,9 @@ class DatasetWriter:
             if not any(parent.iterdir()):
                 parent.rmdir()
         if rows[needed] == 0:
-            _, item_id, path, fault = faults[0]
             raise InputError(
-                f"{nothing_left}: {len(faults):,} photographs are unusable, first {item_id} {path}: {fault}"
+                f"{nothing_left}: {len(faults):,} photographs are unusable, "
+                f"first {faults[0].item_id} {faults[0].path}: {faults[0].why}"
             )
         return {
             "missing_images": kinds["missing"],
@@ -212,9 +214,9 @@ class DatasetWriter:
     def publish(self, counts: dict) -> None:
         """Writes `counts.json` and gives the finished folder its final name."""
         (self.folder / "counts.json").write_text(json.dumps(counts, indent=2) + "\n")
-        self._progress.close()
-        (self.folder / "progress.sqlite").unlink()
         shutil.rmtree(self.folder / "plan")
+        (self.folder / "progress.json").unlink()
+        (self.folder / "lock").unlink()
         older = self.out.with_name(self.out.name + ".older")
         shutil.rmtree(older, ignore_errors=True)
         if self.out.exists():
@@ -249,7 +251,8 @@ class DatasetWriter:
         """Writes the shards of one split that are not there yet."""
         schema = features(with_images=self._root is not None).arrow_schema
         rows_per_group = ROWS_PER_GROUP_WITHOUT if self._root is None else ROWS_PER_GROUP_WITH_IMAGES
-        number, position = self._progress.finished_shards(split)
+        ends = self._progress.shard_ends[split]
+        number, position = len(ends), ends[-1] if ends else 0
         bar.update(position)
 
         rows = islice(self._plan.rows(split), position, None)
@@ -268,20 +271,15 @@ class DatasetWriter:
                     bar.update(len(group))
                     group = next(groups, [])
             unfinished.rename(final)
-            self._progress.finish_shard(split, number, position)
+            self._progress.finish_shard(split, position)
             number += 1
 
     def _with_photographs(self, rows: Iterator[dict], split: str, position: int) -> Iterator[dict]:
         """Adds `image` to the rows of a split, from `position` on; None where it is unusable.
 
-        Photographs that an interrupted run has encoded are taken from its progress file. The
-        others are encoded by threads (Pillow works outside of Python's lock), a few of them ahead
-        at a time, so that memory does not grow with the number of rows.
+        Threads encode them (Pillow works outside of Python's lock), a few of them ahead at a time,
+        so that memory does not grow with the number of rows.
         """
-        for jpeg, row in zip(self._progress.photographs(split, position), rows, strict=False):
-            yield row | {"image": _image_cell(row, jpeg)}
-            position += 1
-
         workers = os.cpu_count() or 1
         ahead: deque[tuple[dict, Future]] = deque()
         with ThreadPoolExecutor(workers) as pool:
@@ -293,18 +291,13 @@ class DatasetWriter:
                     return
                 row, job = ahead.popleft()
                 try:
-                    jpeg = job.result()
+                    image = {"bytes": job.result(), "path": f"{row['item_id']}.jpg"}
                 except UnusablePhotograph as error:
-                    jpeg = b""
-                    path = row["photograph"] or ""
-                    self._progress.add_fault(split, row["item_id"], path, str(error))
-                self._progress.add_photograph(split, position, jpeg)
-                yield row | {"image": _image_cell(row, jpeg)}
+                    image = None
+                    fault = Fault(split, row["item_id"], row["photograph"] or "", str(error), position)
+                    self._progress.faults.append(fault)
+                yield row | {"image": image}
                 position += 1
-
-
-def _image_cell(row: dict, jpeg: bytes) -> dict | None:
-    return {"bytes": jpeg, "path": f"{row['item_id']}.jpg"} if jpeg else None
 
 
 # --------------------------------------------------------------------------------------- plan
@@ -429,42 +422,41 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 # ----------------------------------------------------------------------------------- progress
 
 
+class Fault(NamedTuple):
+    """Why the photograph of one row cannot be used; `position` is that of the row in the plan."""
+
+    split: str
+    item_id: str
+    path: str
+    why: str
+    position: int
+
+
 class Progress:
-    """What an interrupted run has finished, in one SQLite file that only one run can hold.
+    """What an interrupted run has finished, in a JSON file that is always whole.
 
     Args:
         path: the file.
 
     Attributes:
-        is_empty: there is nothing to go on from.
-
-    Raises:
-        InputError: another run holds the file.
+        shard_ends: of each split, for every finished shard the row of the plan before which it ends.
+        faults: of every unusable photograph so far, in the order of the rows.
     """
 
     def __init__(self, path: Path):
-        self.is_empty = True
-        self._uncommitted = 0
+        self._path = path
         try:
-            self._database = sqlite3.connect(path, timeout=1)
-            self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._database.execute("BEGIN EXCLUSIVE")
-            for table in (
-                "input (fingerprint TEXT)",
-                "shards (split TEXT, number INTEGER, position INTEGER)",
-                "photographs (split TEXT, position INTEGER, jpeg BLOB, PRIMARY KEY (split, position))",
-                "faults (split TEXT, item_id TEXT, path TEXT, why TEXT)",
-            ):
-                self._database.execute(f"CREATE TABLE IF NOT EXISTS {table}")
-            self._database.commit()
-        except sqlite3.DatabaseError as error:
-            raise InputError(
-                f"{path}: {error}; if no other run is writing this dataset, delete {path.parent}"
-            ) from error
-        self.is_empty = not self._count("shards") and not self._count("photographs")
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # a machine that went down can leave an empty file
+            known = {"fingerprint": None, "shard_ends": {split: [] for split in SHARD_STEMS}, "faults": []}
+        self._fingerprint: str | None = known["fingerprint"]
+        self.shard_ends: dict[str, list[int]] = known["shard_ends"]
+        self.faults = [Fault(*fault) for fault in known["faults"]]
 
-    def _count(self, table: str) -> int:
-        return self._database.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+    @property
+    def is_empty(self) -> bool:
+        """There is nothing to go on from."""
+        return not any(self.shard_ends.values())
 
     def begin(self, fingerprint: str, folder: Path) -> None:
         """Keeps the progress if it belongs to the same input, and otherwise forgets it.
@@ -473,61 +465,20 @@ class Progress:
             fingerprint: identifies the input and the options.
             folder: holds the shards, which are removed if they are of other input.
         """
-        known = self._database.execute("SELECT fingerprint FROM input").fetchone()
-        if known == (fingerprint,):
+        if fingerprint == self._fingerprint:
             return
+        self._path.unlink(missing_ok=True)  # first: without its shards, it must not be believed
         for stem in SHARD_STEMS.values():
             for shard in (folder / stem).parent.iterdir():  # finished or not
                 shard.unlink()
-        for table in ("input", "shards", "photographs", "faults"):
-            self._database.execute(f"DELETE FROM {table}")
-        self._database.execute("INSERT INTO input VALUES (?)", (fingerprint,))
-        self._database.commit()
-        self.is_empty = True
+        self._fingerprint, self.shard_ends, self.faults = fingerprint, {split: [] for split in SHARD_STEMS}, []
 
-    def finished_shards(self, split: str) -> tuple[int, int]:
-        """How many shards of a split are finished, and how many rows of the plan they cover."""
-        return self._database.execute(
-            "SELECT count(*), ifnull(max(position), 0) FROM shards WHERE split = ?", (split,)
-        ).fetchone()
-
-    def finish_shard(self, split: str, number: int, position: int) -> None:
-        """Records that a shard is finished, and that it ends before row `position` of the plan."""
-        self._database.execute("INSERT INTO shards VALUES (?, ?, ?)", (split, number, position))
-        self._database.execute("DELETE FROM photographs WHERE split = ? AND position < ?", (split, position))
-        self._commit()
-
-    def photographs(self, split: str, position: int) -> Iterator[bytes]:
-        """The encoded photographs of a split from `position` on; empty ones are unusable."""
-        for (jpeg,) in self._database.execute(
-            "SELECT jpeg FROM photographs WHERE split = ? AND position >= ? ORDER BY position",
-            (split, position),
-        ):
-            yield jpeg
-
-    def add_photograph(self, split: str, position: int, jpeg: bytes) -> None:
-        """Records an encoded photograph, empty if it is unusable."""
-        self._database.execute("INSERT INTO photographs VALUES (?, ?, ?)", (split, position, jpeg))
-        self._uncommitted += 1
-        if self._uncommitted >= COMMIT_EVERY:
-            self._commit()
-
-    def add_fault(self, split: str, item_id: str, path: str, why: str) -> None:
-        """Records why a photograph is unusable; committed together with the photograph."""
-        fault = (split, item_id, path, why)
-        self._database.execute("INSERT INTO faults VALUES (?, ?, ?, ?)", fault)
-
-    def faults(self) -> list[tuple[str, str, str, str]]:
-        """(split, item id, path, reason) of every unusable photograph, in order."""
-        return self._database.execute("SELECT * FROM faults ORDER BY rowid").fetchall()
-
-    def _commit(self) -> None:
-        self._database.commit()
-        self._uncommitted = 0
-        self.is_empty = False
-
-    def close(self) -> None:
-        """Releases the file."""
-        if self._uncommitted:
-            self._commit()
-        self._database.close()
+    def finish_shard(self, split: str, position: int) -> None:
+        """Records that the next shard of a split is finished, and that it ends before row `position` of the plan."""
+        self.shard_ends[split].append(position)
+        # Photographs are read ahead. Those of later shards will be read again.
+        faults = [fault for fault in self.faults if fault.split != split or fault.position < position]
+        known = {"fingerprint": self._fingerprint, "shard_ends": self.shard_ends, "faults": faults}
+        unfinished = self._path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(known), encoding="utf-8")
+        unfinished.replace(self._path)

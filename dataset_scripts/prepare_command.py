@@ -1,14 +1,21 @@
-"""What the prepare commands share: their output options, and the way from items to a dataset."""
+"""What the commands share: their parser, the options of the prepare commands, and the way from items to a dataset."""
 
 import argparse
-import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from dataset_card import CardText, write_card
 from hub_upload import check_upload, upload_dataset
 from parquet_dataset import DatasetWriter, InputError, Item
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Says what is wrong in one line on standard error, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,17 +44,15 @@ def run(prepare: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         if args.push_to_hub:
             check_upload(args.push_to_hub)
         prepare(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (OSError, sqlite3.Error) as error:  # a full disk, a folder without permission, a network share that is lost
+    # Not only bad input: a full disk, a folder without permission, a network share that is lost.
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except MemoryError:
         print("error: out of memory", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command goes on behind the last finished shard", file=sys.stderr)
         return 130
     return 0
 

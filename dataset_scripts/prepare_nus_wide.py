@@ -12,7 +12,7 @@ from dataset_card import CardText
 from drawn_scenes import SAMPLE_MARKER
 from nus_wide import HOMEPAGE, NusWideFolder, read_nus_wide, select, selected_items
 from parquet_dataset import InputError
-from prepare_command import add_output_arguments, run, write
+from prepare_command import ArgumentParser, add_output_arguments, run, write
 
 CARD_TEXT = CardText(
     name="NUS-WIDE for extractive tags summarization",
@@ -84,7 +84,7 @@ off by the edge, or not in the picture at all; the tags alone do not tell. Prepa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("nus_wide_dir", metavar="NUS_WIDE_DIR", type=Path, help="the downloads, unpacked or zipped")
     add_output_arguments(parser)
     return run(prepare, parser.parse_args())

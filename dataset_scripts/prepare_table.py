@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from dataset_card import CardText
-from prepare_command import add_output_arguments, run, write
+from prepare_command import ArgumentParser, add_output_arguments, run, write
 from tag_table import TableFormat, TagTable
 
 STEPS = [
@@ -26,7 +26,7 @@ STEPS = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", metavar="TABLE", type=Path, help=".csv, .tsv, .jsonl or .parquet")
     parser.add_argument("image_dir", metavar="IMAGE_DIR", type=Path, help="photographs; none may lie outside")
     add_output_arguments(parser)

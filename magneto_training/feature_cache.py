@@ -11,10 +11,11 @@ four finds the files of the others, whatever its seed.
 
 import functools
 import hashlib
-import io
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -216,46 +217,59 @@ class _Builder:
             return 2 * self.model.base_model.image_feature_extractor.feature_map(image).numel()
 
     def build(self, state: PartialState) -> None:
-        """Make this process's share of the missing files."""
+        """Make this process's share of the missing files. Each is written when the last batch of its rows is there.
+
+        Raises:
+            UserError: A feature is beyond float16, or a file cannot be written.
+        """
         # Shared out before looking: what is missing changes while the others are at work.
         share = self.missing(self.all_files()[state.process_index :: state.num_processes])
         if not share:
             return
         backbone = FrozenBackbone(self.model, state.device, self.training_args.bf16)
-        total = sum(len(self._row_numbers(number)) for _, number in share)
-        hidden = not state.is_local_main_process or self.training_args.disable_tqdm
-        with tqdm(total=total, unit="image", desc="Caching features", disable=hidden) as progress:
-            for view, number in share:
-                path = self.files[view][number]
-                with FileLock(f"{path}.lock"):  # another run may be at the same file
-                    if not path.exists():
-                        features = self._features(view, number, progress, backbone)
-                        try:
-                            with whole_file(path) as partial:
-                                save_file({"features": features}, partial)
-                        except (OSError, SafetensorError) as error:
-                            raise UserError(f"the feature cache {path} cannot be written: {error}") from None
-
-    def _row_numbers(self, number: int) -> range:
-        return range(number * ROWS_PER_FILE, min(len(self.rows), (number + 1) * ROWS_PER_FILE))
-
-    def _features(self, view: int, number: int, progress: tqdm, backbone: FrozenBackbone) -> torch.Tensor:
-        """(rows, h, w, C) float16."""
         in_workers = backbone.device.type == "cpu"
+        batch_size = self.training_args.per_device_eval_batch_size
+        # Path, rows and lock; the data loader asks for batches before it returns the ones before.
+        begun: deque[tuple[Path, int, FileLock]] = deque()
+
+        def plan_batches() -> Iterator[list[tuple[int, int]]]:
+            for view, number in share:
+                path, row_numbers = self.files[view][number], self._row_numbers(number)
+                lock = FileLock(f"{path}.lock")  # another run may be at the same file
+                lock.acquire()  # in the same order as any other run, so that none waits for ever
+                if path.exists():
+                    lock.release()
+                    continue
+                begun.append((path, len(row_numbers), lock))
+                for start in range(0, len(row_numbers), batch_size):
+                    yield [(view, row_number) for row_number in row_numbers[start : start + batch_size]]
+
         loader = DataLoader(
-            _Views(self.rows, self._row_numbers(number), view, self.read_photographs),
-            batch_size=self.training_args.per_device_eval_batch_size,
+            _Views(self.rows, self.read_photographs),
+            batch_sampler=plan_batches(),
             num_workers=self.training_args.dataloader_num_workers,
             collate_fn=functools.partial(self._collate, backbone if in_workers else None),
         )
-        parts = []
-        for batch in loader:
-            parts.append((batch if in_workers else backbone(batch)).to("cpu", torch.float16))
-            progress.update(len(batch))
-        features = torch.cat(parts).permute(0, 2, 3, 1).contiguous()  # as a linear layer reads regions
-        if not features.isfinite().all():
-            raise UserError("cached_views: a feature of the backbone is beyond what float16 holds; train without it")
-        return features
+        total = sum(len(self._row_numbers(number)) for _, number in share)
+        hidden = not state.is_local_main_process or self.training_args.disable_tqdm
+        parts: list[torch.Tensor] = []  # of the first file that is begun
+        try:
+            with tqdm(total=total, unit="image", desc="Caching features", disable=hidden) as progress:
+                for batch in loader:
+                    parts.append((batch if in_workers else backbone(batch)).to("cpu", torch.float16))
+                    progress.update(len(batch))
+                    path, num_rows, lock = begun[0]
+                    if sum(map(len, parts)) == num_rows:
+                        _write(path, torch.cat(parts))
+                        parts.clear()
+                        begun.popleft()
+                        lock.release()
+        finally:
+            for _, _, lock in begun:
+                lock.release()
+
+    def _row_numbers(self, number: int) -> range:
+        return range(number * ROWS_PER_FILE, min(len(self.rows), (number + 1) * ROWS_PER_FILE))
 
     def _collate(self, backbone: FrozenBackbone | None, photographs: list[torch.Tensor]) -> torch.Tensor:
         """A batch of photographs as tensors, and with a backbone as feature maps."""
@@ -263,22 +277,28 @@ class _Builder:
         return pixel_values if backbone is None else backbone(pixel_values)
 
 
-class _Views(torch.utils.data.Dataset):
-    """One view of some photographs of a split, as tensors."""
+def _write(path: Path, features: torch.Tensor) -> None:
+    """Write one file; `features` are (rows, C, h, w) float16."""
+    features = features.permute(0, 2, 3, 1).contiguous()  # as a linear layer reads regions
+    if not features.isfinite().all():
+        raise UserError("cached_views: a feature of the backbone is beyond what float16 holds; train without it")
+    try:
+        with whole_file(path) as partial:
+            save_file({"features": features}, partial)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the feature cache {path} cannot be written: {error}") from None
 
-    def __init__(self, rows: Dataset, numbers: range, view: int, read_photographs: PhotographReader):
+
+class _Views(torch.utils.data.Dataset):
+    """Views of a split's photographs, as tensors; the index of each is (view, row)."""
+
+    def __init__(self, rows: Dataset, read_photographs: PhotographReader):
         self.photographs = undecoded(rows.select_columns(["item_id", "image"]))
-        self.numbers = numbers
-        self.view = view
         self.read_photographs = read_photographs
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
-        numbers = [self.numbers[index] for index in indices]
-        rows = self.photographs[numbers]
-        seeds = [example_seed(VIEW_SEED, self.view, number) for number in numbers]
+    def __getitems__(self, indices: list[tuple[int, int]]) -> list[torch.Tensor]:
+        rows = self.photographs[[row_number for _, row_number in indices]]
+        seeds = [example_seed(VIEW_SEED, view, row_number) for view, row_number in indices]
         tensors = self.read_photographs(rows["image"], seeds)
         for item_id, tensor in zip(rows["item_id"], tensors, strict=True):
             if tensor is None:  # when the rows were checked, it could be read
@@ -316,17 +336,12 @@ def _fingerprint(rows: Dataset, transform: dict, model: MagnetoPreTrainedModel, 
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in model.base_model.image_feature_extractor.backbone.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    photographs = undecoded(rows.select_columns("image"))
-    # Kept by `datasets`: a second run need not read them again, unless they are files, which may have changed.
-    in_table = not any(
-        pc.struct_field(batch["image"], "bytes").null_count
-        for batch in photographs.with_format("arrow").iter(batch_size=10_000)
-    )
-    digests = photographs.with_format("arrow").map(
+    photographs = undecoded(rows.select_columns("image")).with_format("arrow")
+    digests = photographs.map(  # kept by `datasets`: a second run need not read them again
         _digest_photographs,
         batched=True,
+        fn_kwargs={"state": _state_of_files(photographs)},
         remove_columns="image",
-        load_from_cache_file=in_table,
         features=datasets.Features({"digest": datasets.Value("binary")}),
         desc="Reading photographs",
     )
@@ -335,10 +350,25 @@ def _fingerprint(rows: Dataset, transform: dict, model: MagnetoPreTrainedModel, 
     return digest.hexdigest()[:32]
 
 
-def _digest_photographs(rows: pa.Table) -> pa.Table:
+def _state_of_files(photographs: Dataset) -> str:
+    """A digest that changes with any photograph that is a file.
+
+    Of a struct `{bytes, path}` in a table, `datasets` does not see it. Of an archive it does.
+    """
+    digest = hashlib.sha256()
+    for batch in photographs.iter(batch_size=1_000):
+        content, paths = (pc.struct_field(batch["image"], name) for name in ("bytes", "path"))
+        for path in paths.filter(pc.is_null(content)).to_pylist():
+            if "://" not in path:
+                status = os.stat(path)
+                digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _digest_photographs(rows: pa.Table, state: str) -> pa.Table:
+    """`state` is for `datasets` alone: what it has kept ends when a file changes."""
     digests = []
-    for image in map(pa.StructScalar.as_py, rows["image"]):  # one at a time, which may be large
-        opened = io.BytesIO(image["bytes"]) if image["bytes"] is not None else open(image["path"], "rb")
-        with opened as file:
-            digests.append(hashlib.file_digest(file, "sha256").digest())
+    for index in range(len(rows)):  # one at a time, which may be large
+        (image,) = datasets.Image().embed_storage(rows["image"].slice(index, 1).combine_chunks()).to_pylist()
+        digests.append(hashlib.sha256(image["bytes"]).digest())
     return pa.table({"digest": pa.array(digests, pa.binary())})

@@ -248,7 +248,7 @@ def _check_rows_of_part(part: range, rows: SeededDataset, args: PredictArguments
     """Raise `UserError` where a part that is there was made of other rows; arguments as of `_Part`."""
     file = _part_file(parts_folder(args.output_file), part)
     (figures,) = _read_figures([file])
-    if figures.get("rows") != _digest_rows([_without_photographs(rows, part)]):
+    if figures["rows"] != _digest_rows([_without_photographs(rows, part)]):
         raise UserError(
             f"{file} was made of other rows than rows {part.start} to {part.stop - 1} of {args.dataset_name} are now; "
             f"give the dataset back its rows, or remove the folder {file.parent} to start afresh"

@@ -146,7 +146,7 @@ def _quantize(backbone: FrozenBackbone, photographs: Iterable[torch.Tensor]) -> 
         except torch.onnx.errors.OnnxExporterError as error:
             raise UserError(f"int8: this backbone cannot be exported: {str(error).splitlines()[0]}") from None
         program.save(exported)
-        with _onnx_errors_in_one_line():
+        try:
             quant_pre_process(exported, prepared)
             quantize_static(
                 prepared,
@@ -158,21 +158,14 @@ def _quantize(backbone: FrozenBackbone, photographs: Iterable[torch.Tensor]) -> 
             )
             model = quantized.read_bytes()
             found = torch.from_numpy(_open(model).run(None, {"pixel_values": batches[0].numpy()})[0])
+        except Exception as error:  # ONNX Runtime's own, which have no public name
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"int8: this backbone cannot run in 8-bit integers: {reason}") from error
     expected = backbone(batches[0])
     error = ((found - expected).norm() / expected.norm()).item()
     if not error < LARGEST_ERROR:  # also where it is not a number
         raise UserError(f"int8: the features have a relative error of {error:.2f}, expected less than {LARGEST_ERROR}")
     return model
-
-
-@contextlib.contextmanager
-def _onnx_errors_in_one_line():
-    """What ONNX Runtime cannot do, it says with errors of its own, which have no public name."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"int8: this backbone cannot run in 8-bit integers: {reason}") from error
 
 
 @contextlib.contextmanager

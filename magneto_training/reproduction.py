@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from .arguments import (
 )
 from .evaluation import write_metrics
 from .figures import plot_curves, save_figure
-from .tag_data import DataError, load_tag_dataset
+from .tag_data import find_split, load_tag_dataset
 from .whole_file import whole_file
 
 ROOT = Path(__file__).parent.parent
@@ -141,7 +141,7 @@ class Reproduction:
 
     Raises:
         UsageError: `data_args` asks for a stream, or a setting is one that each run has for itself.
-        DataError: The dataset cannot be loaded.
+        DataError: The dataset cannot be loaded, or lacks the training split.
     """
 
     def __init__(
@@ -164,10 +164,8 @@ class Reproduction:
         # The tables are about the paper's rule.
         self.base |= {"selection": "threshold", "save_total_limit": 1}
         splits = load_tag_dataset(data_args.dataset_name, data_args.dataset_config_name)
-        if data_args.train_split not in splits:
-            raise DataError(f"{data_args.dataset_name}: split {data_args.train_split!r} is missing")
         self.split = data_args.test_split if data_args.test_split in splits else data_args.validation_split
-        self.has_images = "image" in splits[data_args.train_split].column_names
+        self.has_images = "image" in find_split(splits, data_args.train_split, data_args).column_names
         self.is_nus_wide = _is_nus_wide(data_args.dataset_name)
 
     # ------------------------------------------------------------------------------------------------------------ runs
@@ -225,7 +223,7 @@ class Reproduction:
     # --------------------------------------------------------------------------------------------------------- making
 
     def make_runs(self) -> None:
-        """Make the runs that are missing; what was interrupted goes on where it was.
+        """Make the runs and the outlier tests that are missing; what was interrupted goes on where it was.
 
         Raises:
             UserError: A run failed, or one that is there was made with other settings.
@@ -268,10 +266,14 @@ class Reproduction:
                 with ThreadPoolExecutor(self.args.num_parallel_runs) as pool:
                     try:
                         made = [pool.submit(make_unless_failed, run) for run in stage]
-                        for future in as_completed(made):
-                            if not future.exception() and future.result():
-                                progress.set_postfix_str(future.result())
-                                progress.update()
+                        pending = set(made)
+                        while pending:
+                            # Not for ever: a signal that another thread received would not wake this one.
+                            done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                            for future in done:
+                                if not future.exception() and future.result():
+                                    progress.set_postfix_str(future.result())
+                                    progress.update()
                     except BaseException:  # a signal: those under way are ended
                         _interrupted.set()
                         pool.shutdown(wait=False, cancel_futures=True)
@@ -294,9 +296,8 @@ class Reproduction:
             "output_file": str(output_file),
             "inject_outliers": self.args.outlier_ratio,
             "report_images": 0,
+            "skip_bad_rows": self.data_args.skip_bad_rows,
         }
-        if self.data_args.skip_bad_rows:  # and nothing where not: tests made before this was handed on stay current
-            options["skip_bad_rows"] = True
         # Another ratio, or another training of the model, makes it another test.
         is_current = metrics_file.is_file() and metrics_file.stat().st_mtime >= run.metrics_file.stat().st_mtime
         if not (is_current and settings_file.is_file() and _read_settings(settings_file) == options):
@@ -384,7 +385,7 @@ class Reproduction:
         axes = figure.subplots()
         for key, label in (("aux", "BCE-Dice"), ("bce", "BCE")):
             plot_curves(axes, histories[key], "eval_f1", label)
-        self._finish(axes, histories["aux"], "Validation F1 by objective (figure 3)")
+        self._label_axes(axes, histories["aux"], "Validation F1 by objective (figure 3)")
         save_figure(figure, self.output_dir / "figure_3.png")
 
         figure = Figure(figsize=(10.5, 7.5), layout="constrained")
@@ -399,7 +400,7 @@ class Reproduction:
                 ("eval_image_f1", "image stream"),
             ):
                 plot_curves(column[0], histories[key], name, label)
-            self._finish(column[0], histories[key], f"Validation F1, {title} (figure 4)")
+            self._label_axes(column[0], histories[key], f"Validation F1, {title} (figure 4)")
             plot_curves(column[1], histories[key], "eval_mean_gate", "mean gate")
             column[1].set(title="Weight of the image stream", ylim=(0, 1))
             column[1].grid(alpha=0.3)
@@ -409,11 +410,13 @@ class Reproduction:
         for axes, with_tad in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
             for pretrained, label in ((False, "from scratch"), (True, "pre-trained")):
                 plot_curves(axes, histories[with_tad, pretrained], "eval_f1", label)
-            self._finish(axes, histories["aux"], f"Validation F1, {'with' if with_tad else 'without'} TAD (figure 8)")
+            self._label_axes(
+                axes, histories["aux"], f"Validation F1, {'with' if with_tad else 'without'} TAD (figure 8)"
+            )
         save_figure(figure, self.output_dir / "figure_8.png")
 
     @staticmethod
-    def _finish(axes, histories: list[list[dict[str, float]]], title: str) -> None:
+    def _label_axes(axes, histories: list[list[dict[str, float]]], title: str) -> None:
         plot_curves(axes, histories[:1], "eval_keep_all_f1", "keep all", color="0.35", linestyle="--", marker="")
         axes.set(title=title, ylabel="percent")
         axes.grid(alpha=0.3)
@@ -435,7 +438,9 @@ _interrupted = threading.Event()  # set when this process is to end: what it has
 
 
 def _launch(script: str, arguments: Sequence[Any], log_file: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", str(ROOT / script), *map(str, arguments)]
+    # Port 0: on several GPUs, launches at the same time each take a free one.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--main_process_port", "0"]
+    command = [*launcher, str(ROOT / script), *map(str, arguments)]
     streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with (
         log_file.open("w", encoding="utf-8") as log,

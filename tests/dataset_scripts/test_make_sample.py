@@ -4,6 +4,7 @@ import filecmp
 from collections import Counter
 from random import Random
 
+import pytest
 from PIL import Image
 
 
@@ -92,7 +93,17 @@ def test_a_folder_that_is_no_sample_is_not_replaced(tmp_path, run_script):
     assert (tmp_path / "Flickr/photo.jpg").read_bytes() == b"dear"
 
 
-def test_no_images_is_a_usage_error(tmp_path, run_script):
-    outcome = run_script("make_sample", tmp_path / "out", "--num_images", 0)
-    assert outcome.status == 2
-    assert "--num_images is 0, expected at least 1" in outcome.error
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("make_sample out --num_images 0", "--num_images is 0, expected at least 1"),
+        ("make_sample out --num_images abc", "argument --num_images: invalid int value: 'abc'"),
+        ("prepare_nus_wide downloads", "the following arguments are required: OUT"),
+        ("prepare_table rows.csv images out --tag_seperator |", "unrecognized arguments: --tag_seperator |"),
+    ],
+)
+def test_a_usage_error_is_one_line(tmp_path, run_script, monkeypatch, command, error):
+    monkeypatch.chdir(tmp_path)
+    name, *arguments = command.split()
+    outcome = run_script(name, *arguments)
+    assert (outcome.status, outcome.err) == (2, f"{name}.py: error: {error}\n")

@@ -94,6 +94,19 @@ def test_any_flipped_bit_of_a_zip_is_an_input_error_or_harmless(tmp_path, method
     assert errors > 100
 
 
+def test_too_little_memory_is_no_damage(run_script, small_nus_wide, monkeypatch):
+    def fail(*arguments):
+        raise MemoryError
+
+    with zipfile.ZipFile(small_nus_wide / "NUS_WID_Tags.zip", "w") as archive:
+        archive.write(small_nus_wide / TAGS, TAGS)
+    (small_nus_wide / TAGS).unlink()
+    for method in ("read", "namelist"):
+        with monkeypatch.context() as patch:
+            patch.setattr(zipfile.ZipFile, method, fail)
+            check_failure(run_script, small_nus_wide, "error: out of memory")
+
+
 def test_a_zip_of_an_unknown_version_is_named(run_script, small_nus_wide):
     damaged = small_nus_wide / "NUS_WID_Tags.zip"
     with zipfile.ZipFile(damaged, "w") as archive:
@@ -154,6 +167,11 @@ def test_a_shuffled_list_is_named(run_script, small_nus_wide, name):
 
     edit_lines(small_nus_wide / name, shuffle)
     check_failure(run_script, small_nus_wide, "Imagelist.txt, line", "in the same order")
+
+
+def test_a_repeated_line_is_named(run_script, small_nus_wide):
+    edit_lines(small_nus_wide / TRAIN, lambda lines: [*lines[:5], *lines[4:]])
+    check_failure(run_script, small_nus_wide, "TrainImagelist.txt, line 6: sky/0004_104.jpg", "each image once")
 
 
 def test_a_shuffled_concept_list_is_named(run_script, small_nus_wide):

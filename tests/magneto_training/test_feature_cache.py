@@ -1,5 +1,10 @@
 """Cached features: equal to computing them, found again, resumed, refused where they cannot be right."""
 
+import os
+import threading
+import time
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -7,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows
+from filelock import FileLock
 
 from magneto_training import feature_cache
 from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, UserError
 from magneto_training.augmentation import ImageAugmentation, example_seed
 from magneto_training.collation import AugmentedDataset, SeededDataset, TagCollator
 from magneto_training.feature_cache import build_feature_caches
+from magneto_training.tag_data import load_tag_dataset
 
 
 @pytest.fixture
@@ -44,6 +51,13 @@ def build(tiny_model, processor, splits, tmp_path, monkeypatch):
 
 def stored_files(tmp_path):
     return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+
+
+def save_photographs(rows: datasets.Dataset, folder) -> list[str]:
+    paths = [str(folder / f"{index}.png") for index in range(len(rows))]
+    for image, path in zip(rows["image"], paths, strict=True):
+        image.save(path)
+    return paths
 
 
 def test_scores_from_cached_features_equal_those_from_photographs(build, tiny_model, processor, splits):
@@ -150,17 +164,86 @@ def test_an_interrupted_build_goes_on_with_the_missing_files(build, tmp_path):
     assert all(torch.equal(again.read(index, 1), features) for index, features in enumerate(expected))
 
 
-def test_photographs_that_are_files_are_read_anew(build, splits, tmp_path):
-    paths = []
-    for index, row in enumerate(splits["train"]):
-        paths.append(str(tmp_path / f"{index}.png"))
-        row["image"].save(paths[-1])
-    rows = splits["train"].remove_columns("image").add_column("image", paths).cast_column("image", datasets.Image())
-    build(views=1, rows={**splits, "train": rows})
+def test_an_error_leaves_the_files_before_it_and_no_lock(build, splits, tmp_path):
+    images = [{"bytes": b"damaged" if index == 4 else None, "path": None} for index in range(7)]
+    for index, path in enumerate(save_photographs(splits["train"], tmp_path)):
+        images[index]["path"] = path
+    rows = splits["train"].remove_columns("image").add_column("image", images)
+    with pytest.raises(UserError, match="item_id im4 can no longer be read"):
+        build(views=1, rows={"train": rows.cast_column("image", datasets.Image())})
+    (file,) = stored_files(tmp_path)
+    assert file.name == "view-000-000000000.safetensors"
+    for lock in file.parent.glob("*.lock"):
+        with FileLock(lock, timeout=0):
+            pass
+
+
+def test_a_file_that_another_run_is_making_is_waited_for(build, tmp_path):
+    cache = build(views=1)["train"]
+    lost, content = cache.files[0][1], cache.files[0][1].read_bytes()
+    lost.unlink()
+    waiting, lock = threading.Event(), FileLock(f"{lost}.lock", thread_local=False)
+
+    def make():
+        with lock:
+            waiting.set()
+            time.sleep(0.5)
+            lost.write_bytes(content)
+            times.append(lost.stat().st_mtime_ns)
+
+    times, other_run = [], threading.Thread(target=make)
+    other_run.start()
+    waiting.wait()
+    build(views=1)
+    other_run.join()
+    assert lost.stat().st_mtime_ns == times[0]
+
+
+def test_the_same_workers_make_all_files_of_a_split(build, splits, tmp_path, monkeypatch):
+    read, pids = feature_cache.PhotographReader.__call__, tmp_path / "pids"
+
+    def read_and_tell(self, images, seeds=None):
+        with pids.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return read(self, images, seeds)
+
+    monkeypatch.setattr(feature_cache.PhotographReader, "__call__", read_and_tell)
+    build(rows={"train": splits["train"]}, dataloader_num_workers=1)
+    assert len(stored_files(tmp_path)) == 6
+    assert len(set(pids.read_text().split()) - {str(os.getpid())}) == 1
+
+
+def test_photographs_that_are_files_are_read_again_where_one_has_changed(build, splits, tmp_path, monkeypatch):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    paths = save_photographs(splits["train"], folder)
+    named = [{"item_id": path, "image": {"bytes": None, "path": path}, "tags": ["blue"]} for path in paths]
+    datasets.Dataset.from_list(named).to_parquet(folder / "train.parquet")
+    read, calls = datasets.Image.embed_storage, []
+    monkeypatch.setattr(datasets.Image, "embed_storage", lambda *args: calls.append(args) or read(*args))
+
+    def num_read() -> int:
+        calls.clear()
+        build(views=1, rows=load_tag_dataset(str(folder)))
+        return len(calls)
+
+    assert (num_read(), num_read()) == (7, 0)
     folders = set((tmp_path / "cache").iterdir())
     splits["train"][0]["image"].transpose(0).save(paths[1])
-    build(views=1, rows={**splits, "train": rows})
+    assert num_read() == 7
     assert len(set((tmp_path / "cache").iterdir()) - folders) == 1
+
+
+def test_photographs_in_an_archive_have_the_same_features_as_files(build, splits, tmp_path):
+    paths = save_photographs(splits["train"], tmp_path)
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        for path in paths:
+            archive.write(path, Path(path).name)
+    in_archive = [f"zip://{Path(path).name}::{tmp_path / 'train.zip'}" for path in paths]  # as an image folder has it
+    for images in (paths, in_archive):
+        rows = splits["train"].remove_columns("image").add_column("image", images)
+        build(views=1, rows={"train": rows.cast_column("image", datasets.Image())})
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_processes_share_out_all_files_whatever_the_others_have_made(build, monkeypatch):

@@ -175,7 +175,7 @@ def test_an_outlier_test_that_failed_is_made_again(commands, prepare):
 
 def test_the_outlier_test_leaves_bad_rows_out_where_the_training_does(commands, prepare):
     prepare(seeds=[0]).make_runs()
-    assert "--skip_bad_rows" not in commands.options
+    assert commands.options["--skip_bad_rows"] is False
     done = len(commands.calls)
     runs = prepare(seeds=[0], skip_bad_rows=True)
     runs._test_outliers(runs.architecture_runs("MAGNeto_aux")[0])
@@ -270,6 +270,23 @@ def test_wrong_arguments_are_named(field, value):
 def test_a_run_that_fails_is_reported_with_its_reason(tmp_path):
     with pytest.raises(UserError, match=r"train\.py failed \(see .*run\.log\): .*no\.yaml cannot be read"):
         reproduction._launch("train.py", ["no.yaml"], tmp_path / "run.log")
+
+
+def test_launches_at_the_same_time_on_several_gpus_have_ports_of_their_own(tmp_path, monkeypatch):
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": False}
+    config |= {"num_machines": 1, "num_processes": 2}
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate/default_config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(reproduction, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text(
+        "import os, sys\nif os.environ['RANK'] == '0': open(sys.argv[1], 'w').write(os.environ['MASTER_PORT'])"
+    )
+    ports = set()
+    for index in range(2):
+        reproduction._launch("train.py", [tmp_path / str(index)], tmp_path / "log")
+        ports.add((tmp_path / str(index)).read_text())
+    assert len(ports) == 2
 
 
 LONG_RUN = """
