@@ -207,6 +207,7 @@ POSSIBLE_VALUES = {
     "eval_do_concat_batches": ((True,), "metrics are those of a whole split"),
     "prediction_loss_only": ((False,), "metrics need the scores"),
     "neftune_noise_alpha": ((None,), "the tags of a batch are embedded without their images"),
+    "restore_callback_states_from_checkpoint": ((False,), "the callbacks here do that themselves"),
     "bf16_full_eval": ((False,), "Trainer would leave the model in half precision, and save it so"),
     "fp16_full_eval": ((False,), "Trainer would leave the model in half precision, and save it so"),
 }
@@ -516,11 +517,11 @@ def _check_known(name: str, options: set[str], where: str) -> None:
     if name in options:
         return
     # Names that hold the word come first: no spelling leads from epochs to num_train_epochs.
-    nearest = max(
-        sorted(options),
-        key=lambda option: (f"_{name}_" in f"_{option}_", difflib.SequenceMatcher(None, name, option).ratio()),
-    )
-    raise UsageError(f"unknown field {name!r} in {where}; did you mean {nearest!r}?")
+    fields = [option for option in sorted(options) if not option.startswith("no_")]  # which is an option's negation
+    holding = [option for option in fields if f"_{name}_" in f"_{option}_"]
+    nearest = holding or difflib.get_close_matches(name, fields, n=1)
+    suggestion = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+    raise UsageError(f"unknown field {name!r} in {where}{suggestion}")
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ from .evaluation import (
 from .figures import save_figure
 
 NUM_FOLDS = 5
+# More labels than these, of images that are drawn, would take minutes and change little.
+MAX_LABELS = 100_000
 # Tags with fewer labels than these have no bias of their own.
 MIN_LABELS = 20
 # Of the square of a tag's own bias; the first, which allows no such bias, is the choice where nothing helps.
@@ -64,14 +66,18 @@ def calibrate(model: MagnetoForTagSummarization, prediction: EvalPrediction, see
         model: Uncalibrated; changed in place.
         prediction: The arrays of `output_names(config)`, labels, and as inputs the indices of the tags: each
             (images, L), padded with -100. Of the whole split.
-        seed: Of the folds.
+        seed: Of the folds, and of the images, where there are more labels than `MAX_LABELS`.
 
     Returns:
-        The final output, cross-fitted.
+        The final output of the images that were used, cross-fitted.
     """
+    order = np.random.default_rng((seed, 1)).permutation(len(prediction.label_ids))
+    num_labels = (prediction.label_ids[order] != IGNORED_LABEL).sum(-1).cumsum()
+    used = np.sort(order[: max(1, np.searchsorted(num_labels, MAX_LABELS, side="right"))])
     arrays = dict(zip(output_names(model.config), prediction.predictions, strict=True))
-    labels = torch.from_numpy(prediction.label_ids)
-    tags = torch.from_numpy(token_ids(prediction, model.config))
+    arrays = {name: array[used] for name, array in arrays.items()}
+    labels = torch.from_numpy(prediction.label_ids[used])
+    tags = torch.from_numpy(token_ids(prediction, model.config)[used])
     fit = functools.partial(fit_output, vocab_size=model.config.vocab_size, seed=seed)
     calibration = {
         name: fit(torch.from_numpy(logits), tags, labels) for name, logits in arrays.items() if name != "gate"
@@ -79,7 +85,7 @@ def calibrate(model: MagnetoForTagSummarization, prediction: EvalPrediction, see
     logits = torch.from_numpy(arrays["logits"])
     after = _cross_fit(fit, logits, tags, labels, model.config.vocab_size, seed)
     model.set_calibration(calibration)
-    return CrossFit(prediction.label_ids, arrays["logits"], after.numpy())
+    return CrossFit(labels.numpy(), arrays["logits"], after.numpy())
 
 
 def fit_output(

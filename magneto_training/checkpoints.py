@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_magneto import MagnetoConfig, MagnetoPreTrainedModel, MagnetoProcessor
@@ -19,8 +19,8 @@ def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
     """The checkpoint to go on from: a named one, or with `true` the last one in `output_dir` that is not damaged.
 
     Raises:
-        UserError: The named checkpoint is not there or damaged, a run could not go on from the one found as it began,
-            or `output_dir` holds another run's checkpoints.
+        UserError: The named checkpoint is not there or damaged, or all are; a run could not go on from the one found
+            as it began; or `output_dir` holds another run's checkpoints.
     """
     # Trainer writes its state last: a checkpoint without it was cut short.
     states = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
@@ -46,6 +46,8 @@ def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
             raise UserError(f"{damaged} is damaged, expected another checkpoint to go on from")
         if args.process_index == 0:
             print(f"{damaged} is damaged: {checkpoint.name} is passed over", flush=True)
+    if complete:
+        raise UserError(f"output_dir {args.output_dir!r} holds no whole checkpoint, expected one to go on from")
     return None
 
 
@@ -85,14 +87,15 @@ def _find_damaged(checkpoint: Path) -> Path | None:
 
 def _check_goes_on(checkpoint: Path, args: MagnetoTrainingArguments) -> None:
     """Raise `UserError` where Trainer would go on without a word, and otherwise than the run has begun."""
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-        if not (checkpoint / name).is_file():
+    for name in ("optimizer", "scheduler"):  # the former is a folder where several GPUs share a model
+        if not any(checkpoint.glob(f"{name}*")):
             raise UserError(f"{checkpoint} has no {name}, expected a checkpoint saved without --save_only_model")
     expected = ["rng_state.pth"]
     if args.world_size > 1:
         expected = [f"rng_state_{index}.pth" for index in range(args.world_size)]
     found = {file.name for file in checkpoint.glob("rng_state*.pth")}
-    if found != set(expected):
+    # Another machine may keep its own.
+    if not {expected[args.process_index]} <= found <= set(expected):
         raise UserError(
             f"{checkpoint} has {', '.join(sorted(found)) or 'no rng_state.pth'}, expected {', '.join(expected)}: "
             "a run goes on with as many processes as before"

@@ -207,7 +207,8 @@ class Reproduction:
         }
         settings = {**self.base, **ARCHITECTURES[MAIN], **own}
         settings = {name: value for name, value in settings.items() if name in known and value is not None}
-        settings.pop("metric_for_best_model", None)  # of another task
+        for name in ("metric_for_best_model", "greater_is_better"):  # of another task
+            settings.pop(name, None)
         return [self._with_seed("pretraining", seed, "pretrain.py", settings) for seed in self.args.seeds]
 
     def _run(self, name: str, seed: int, changes: dict[str, Any]) -> Run:

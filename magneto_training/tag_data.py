@@ -98,6 +98,8 @@ def load_tag_dataset(
 
     try:
         is_folder, has_configs = folder.is_dir(), _has_configs(folder / "README.md")
+        if dataset_config_name == "default":  # the name that `datasets` gives to the only one
+            dataset_config_name = None
         if is_folder and not has_configs and dataset_config_name is not None:
             found = f"the configuration is {dataset_config_name!r}"
             raise DataError(f"{dataset_name}: {found}, expected none where no README.md lists `configs`")
@@ -259,8 +261,8 @@ def _with_standard_columns(
         for name in changed:
             dataset = dataset.cast_column(name, COLUMNS[name])
         return dataset
-    # A local table's paths are checked as they are parsed; an image folder names the files that it holds.
-    from_stranger = dataset.info.builder_name in (TABLE_BUILDERS.values() if folder is None else ("parquet",))
+    # Paths that are parsed are checked then, and an image folder names the files that it holds.
+    from_stranger = dataset.info.builder_name in TABLE_BUILDERS.values() and "image" not in texts
     if changed and len(dataset):  # `map` does nothing to no rows
         # Each column by itself: `map` and `cast_column` copy all that they are given, photographs too.
         columns = {name: dataset.select_columns(name) for name in dataset.column_names}
@@ -304,6 +306,8 @@ def _check_named_photographs(dataset: Dataset, where: str, folder: Path | None) 
     for rows in undecoded(dataset.select_columns("image")).with_format("arrow").iter(batch_size=10_000):
         content, paths = (pc.struct_field(rows["image"], name) for name in ("bytes", "path"))
         for path in paths.filter(pc.and_(pc.is_null(content), pc.is_valid(paths))).to_pylist():
+            if folder is None and path.startswith(("http://", "https://")):
+                continue
             resolved = Path(os.path.realpath(path.replace("\0", "")))
             if folder is None or not resolved.is_relative_to(os.path.realpath(folder)):
                 expected = "its bytes" if folder is None else f"its bytes, or a path inside {folder}"

@@ -12,7 +12,9 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoPreTrainedModel, MagnetoProcessor
@@ -37,23 +39,31 @@ HUB_FILES = Path(__file__).parent.parent / "hub"
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
 
 
-class EpochCallback(TrainerCallback):
-    """Tells training rows which epoch begins, on which their random changes depend.
+class EpochCallback(TrainerCallback, ExportableState):
+    """Tells training rows which epoch begins, on which their random changes depend, and checks that a resumed run has
+    epochs of the same size.
 
     The data loader tells them too, but not where it shares its batches with other processes, or skips some to resume.
     """
 
     def __init__(self, dataset: AugmentedDataset | StreamedDataset):
         self.dataset = dataset
+        self.epoch_size: dict[str, int] = {}
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # A resumed run has the steps and the epoch of its checkpoint; Trainer looks at the steps alone.
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        if state.global_step and abs(state.epoch - state.global_step / steps) > 1.5 / steps:
-            raise UserError(
-                f"the checkpoint has taken {state.global_step} steps in {state.epoch:.2f} epochs, and an epoch of "
-                f"this run has {steps}; expected as many rows, processes and images a step as before"
-            )
+        self.epoch_size = {"rows": len(self.dataset), "steps": steps}
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        for name, number in self.epoch_size.items():
+            if saved.get(name, number) != number:
+                raise UserError(
+                    f"the checkpoint is of a run with {saved[name]} {name} an epoch, and this one has {number}; "
+                    "expected as many rows, processes and images a step as before"
+                )
+
+    def state(self) -> dict:
+        """Kept in checkpoints."""
+        return {"args": {}, "attributes": self.epoch_size}
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(int(state.epoch))
@@ -255,6 +265,10 @@ def check_training_options(model_args: ModelArguments, training_args: MagnetoTra
     Before rows are read, which may take hours.
     """
     _check_best_metric(model_args, training_args)
+    try:
+        get_reporting_integration_callbacks(training_args.report_to)
+    except ValueError as error:
+        raise UsageError(f"report_to: {error}") from None
     optimizer_class, options = torch.optim.SGD, {}
     if training_args.optim in OPTIM_ARGS:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args)

@@ -48,7 +48,8 @@ class MagnetoConfig(PreTrainedConfig):
         calibration: Turns raw outputs into calibrated ones, `logit / temperature + bias + tag bias`. For some of
             `"logits"`, `"tag_logits"` and `"image_logits"`, it has a mapping of `temperature` (above 0), `bias` and,
             optionally, `tag_biases`: the index of a tag, as text, to its own bias. `None`, the paper's, leaves the
-            outputs raw. Losses are those of the raw outputs in any case; `MagnetoForOutlierDetection` ignores it.
+            outputs raw. Losses are those of the raw outputs in any case; `MagnetoForOutlierDetection` ignores it. In a
+            model that is there already, `set_calibration` changes it.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: A field has a wrong type or value; the message names the field.

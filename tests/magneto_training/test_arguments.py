@@ -85,14 +85,14 @@ def test_an_unknown_field_in_the_file_suggests_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("lr", "lr_scheduler_type"),
+        ("lr", "lr_scheduler_kwargs' or 'lr_scheduler_type"),
         ("epochs", "num_train_epochs"),
         ("patience", "early_stopping_patience"),
         ("num_workers", "dataloader_num_workers"),
-        ("momentum", ".+"),
+        ("learning_rat", "learning_rate"),
     ],
 )
-def test_any_unknown_field_suggests_one_and_rather_one_that_holds_the_word(tmp_path, name, nearest):
+def test_an_unknown_field_suggests_those_that_hold_the_word_or_else_the_nearest(tmp_path, name, nearest):
     for argv in ([f"--{name}", "1"], [write_yaml(tmp_path, f"{name}: 1\n")]):
         with pytest.raises(UsageError, match=f"unknown field '{name}' in .*; did you mean '{nearest}'[?]$"):
             parse_arguments((ModelArguments, DataArguments, MagnetoTrainingArguments), argv)

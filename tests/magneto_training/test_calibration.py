@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from transformers import EvalPrediction
 
+from magneto_training import calibration
 from magneto_training.calibration import NUM_FOLDS, CrossFit, calibrate, fit_output, write_reliability_diagram
 from magneto_training.evaluation import (
     add_stored_rule,
@@ -53,6 +54,20 @@ def model(tiny_config) -> MagnetoForTagSummarization:
 def prediction() -> EvalPrediction:
     logits, tags, labels = draw_split()
     return predict((logits, tags, labels), (logits * 2, tags, labels), (logits / 2, tags, labels))
+
+
+def test_of_many_labels_some_images_tell_as_much(model, monkeypatch):
+    split = draw_split(2000)
+    whole = calibrate(model, predict(split, split, split), seed=0)
+    expected = model.config.calibration["logits"]
+    model.set_calibration(None)
+    monkeypatch.setattr(calibration, "MAX_LABELS", 4000)
+
+    part = calibrate(model, predict(split, split, split), seed=0)
+
+    assert 3990 < (part.labels != -100).sum() <= 4000 < (whole.labels != -100).sum()
+    assert len(part.labels) == len(part.before) == len(part.after)
+    assert model.config.calibration["logits"]["temperature"] == pytest.approx(expected["temperature"], rel=0.15)
 
 
 def test_temperature_and_bias_are_found_again():

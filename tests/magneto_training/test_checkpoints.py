@@ -96,8 +96,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, capsys, name, s
             {"rng_state.pth": ["rng_state_0.pth"]},
             "rng_state_0.pth, expected rng_state.pth: a run goes on with as many",
         ),
-        ({"optimizer.pt": []}, "no optimizer.pt, expected a checkpoint saved without --save_only_model"),
-        ({"scheduler.pt": []}, "no scheduler.pt, expected"),
+        ({"optimizer.pt": []}, "no optimizer, expected a checkpoint saved without --save_only_model"),
+        ({"scheduler.pt": []}, "no scheduler, expected"),
     ],
 )
 def test_a_run_does_not_go_on_otherwise_than_it_began(tmp_path, changes, message):
@@ -123,6 +123,17 @@ def test_several_processes_go_on_with_as_many_random_states(tmp_path, monkeypatc
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
     shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
     assert find_checkpoint(training_args(tmp_path, "true")) == str(checkpoint)
+
+    (checkpoint / "rng_state_1.pth").unlink()  # it is on the other process's machine
+    assert find_checkpoint(training_args(tmp_path, "true")) == str(checkpoint)
+
+
+def test_where_all_checkpoints_are_damaged_no_run_starts_afresh(tmp_path):
+    make_checkpoints(tmp_path, complete=[9])
+    (tmp_path / "checkpoint-9" / "optimizer.pt").write_bytes(b"")
+
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        find_checkpoint(training_args(tmp_path, "true"))
 
 
 def test_a_run_goes_on_with_as_many_images_a_step(tmp_path):

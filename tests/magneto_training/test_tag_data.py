@@ -348,12 +348,32 @@ def test_a_photograph_that_parquet_names_outside_of_its_folder_is_refused(tmp_pa
 
 def test_a_table_from_the_hub_names_no_file_of_this_machine(tmp_path, monkeypatch):
     write_photographs(tmp_path, secret="red")
-    write_csv(tmp_path / "train.csv", [{"item_id": 1, "image": tmp_path / "secret.png", "tags": "x"}])
-    splits = datasets.load_dataset("csv", data_files={"train": str(tmp_path / "train.csv")})
-    monkeypatch.setattr(tag_data, "load_dataset", lambda *_, **__: splits)
+    real = tag_data.load_dataset
+    for path in ("http://127.0.0.1:1/a.png", tmp_path / "secret.png"):
+        write_csv(tmp_path / "train.csv", [{"item_id": 1, "image": path, "tags": "x"}])
+        splits = real("csv", data_files={"train": str(tmp_path / "train.csv")})
+        monkeypatch.setattr(tag_data, "load_dataset", lambda *_, splits=splits, **__: splits)
+        if path != tmp_path / "secret.png":
+            assert load_tag_dataset("user/name")["train"].features["image"] == datasets.Image()
 
     with pytest.raises(DataError, match="a photograph is given as '.*secret.png', expected its bytes$"):
         load_tag_dataset("user/name")
+
+
+def test_a_json_table_names_no_file_outside_of_its_folder(tmp_path):
+    write_photographs(tmp_path, secret="red")
+    (tmp_path / "photos").mkdir()
+    row = {"item_id": "1", "image": {"bytes": None, "path": str(tmp_path / "secret.png")}, "tags": ["x"]}
+    (tmp_path / "photos" / "train.jsonl").write_text(json.dumps(row))
+
+    with pytest.raises(DataError, match="a photograph is given as '.*secret.png', expected its bytes, or a path"):
+        load_tag_dataset(str(tmp_path / "photos"))
+
+
+def test_the_default_configuration_is_none(tmp_path):
+    write_csv(tmp_path / "train.csv", [{"item_id": 1, "tags": "x"}])
+
+    assert load_tag_dataset(str(tmp_path), "default")["train"].num_rows == 1
 
 
 def test_both_csv_and_json_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 import copy
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -422,8 +423,29 @@ def test_a_run_with_other_steps_an_epoch_does_not_go_on_with_a_checkpoint(make_t
     assert resumed.state.global_step == 12
 
     options["per_device_train_batch_size"] = 16  # as if there were another process
-    with pytest.raises(UserError, match="6 steps in 1.00 epochs, and an epoch of this run has 3; expected as many"):
+    with pytest.raises(UserError, match="a run with 6 steps an epoch, and this one has 3; expected as many rows"):
         make_trainer(num_train_epochs=3, **options).train(resume_from_checkpoint=whole)
+
+
+def test_a_run_with_another_row_does_not_go_on_with_a_checkpoint(make_trainer):
+    options = {"per_device_train_batch_size": 10, "save_strategy": "epoch", "eval_strategy": "no"}
+    options |= {"load_best_model_at_end": False, "num_train_epochs": 1}
+    first = make_trainer(**options)
+    first.train()  # 48 rows, 5 steps an epoch
+
+    longer = make_trainer(**options)
+    rows = longer.train_dataset.dataset
+    longer.train_dataset.dataset = datasets.concatenate_datasets([rows, rows.select([0])])
+
+    with pytest.raises(UserError, match="a run with 48 rows an epoch, and this one has 49; expected as many rows"):
+        longer.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-5")
+
+
+def test_an_unknown_tracker_shows_before_rows_are_read(tmp_path):
+    args = MagnetoTrainingArguments(str(tmp_path), report_to=["wandbb"], use_cpu=True)
+
+    with pytest.raises(UsageError, match="report_to: wandbb is not supported"):
+        check_training_options(ModelArguments(), args)
 
 
 def test_a_resumed_run_has_the_patience_that_was_left(make_trainer):
