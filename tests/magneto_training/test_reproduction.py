@@ -186,7 +186,7 @@ def test_what_belongs_to_one_run_or_to_nobody_else_is_not_handed_on(commands, pr
     runs = prepare(seeds=[0], hub_token="secret", metric_for_best_model="loss")
     runs.make_runs()
     written = "".join(path.read_text() for path in (tmp_path / "out").rglob("*.yaml"))
-    assert "secret" not in written and "tag_f1" in written
+    assert "secret" not in written and "metric_for_best_model: loss" in written
     assert not {"metric_for_best_model", "greater_is_better"} & settings_of("pretraining-0", tmp_path).keys()
     assert settings_of("pretraining-0", tmp_path)["streams"] == "both"
 
