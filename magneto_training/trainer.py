@@ -53,7 +53,8 @@ class EpochCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         self.epoch_size = {"rows": len(self.dataset), "steps": steps}
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        # An older checkpoint has none, and Trainer would miss it in saving the next.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         for name, number in self.epoch_size.items():
             if saved.get(name, number) != number:
                 raise UserError(
@@ -74,8 +75,9 @@ class PatientStoppingCallback(EarlyStoppingCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-        self.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
+        self.early_stopping_patience_counter = 0
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        self.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
 
 
 class MagnetoTrainer(Trainer):

@@ -1,4 +1,5 @@
 import copy
+import json
 from pathlib import Path
 
 import datasets
@@ -439,6 +440,20 @@ def test_a_run_with_another_row_does_not_go_on_with_a_checkpoint(make_trainer):
 
     with pytest.raises(UserError, match="a run with 48 rows an epoch, and this one has 49; expected as many rows"):
         longer.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-5")
+
+
+def test_a_resumed_run_may_begin_to_stop_early(make_trainer):
+    options = {"save_strategy": "epoch", "num_train_epochs": 1, "save_total_limit": None}
+    first = make_trainer(**options)
+    first.train()
+    (checkpoint,) = Path(first.args.output_dir).glob("checkpoint-*")
+
+    options["num_train_epochs"] = 2
+    resumed = make_trainer(early_stopping_patience=5, **options)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+
+    last = Path(first.args.output_dir) / f"checkpoint-{resumed.state.global_step}" / "trainer_state.json"
+    assert "PatientStoppingCallback" in json.loads(last.read_text())["stateful_callbacks"]
 
 
 def test_an_unknown_tracker_shows_before_rows_are_read(tmp_path):
