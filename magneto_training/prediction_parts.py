@@ -455,10 +455,11 @@ def describe_files(args: PredictArguments, processor: MagnetoProcessor) -> str:
     output_file = Path(args.output_file)
     described = f"{pq.read_metadata(output_file).num_rows} images: {output_file}"
     vocabulary, num_tags, num_unknown = pa.array(processor.vocabulary), 0, 0
-    for batch in pq.ParquetFile(output_file).iter_batches(columns=["tags"]):
-        tags = batch["tags"].flatten()
-        num_tags += len(tags)
-        num_unknown += len(tags.filter(pc.invert(pc.is_in(tags, value_set=vocabulary))))
+    with pq.ParquetFile(output_file) as file:
+        for batch in file.iter_batches(columns=["tags"]):
+            tags = batch["tags"].flatten()
+            num_tags += len(tags)
+            num_unknown += len(tags.filter(pc.invert(pc.is_in(tags, value_set=vocabulary))))
     if num_unknown:
         described += f"\n{num_unknown} of {num_tags} tags are unknown to the model, and were scored as [UNK]"
     if num_skipped := len(read_skipped(output_file)):

@@ -445,11 +445,12 @@ class MagnetoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_weights(self):
-        """Called with the model, and when it is loaded, for what the checkpoint lacks."""
+        """Called when a model is made, and when it is loaded, for what the checkpoint lacks."""
         if hasattr(self.base_model, "image_feature_extractor"):
             self.base_model.image_feature_extractor.init_missing(self.config)
         super().initialize_weights()
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """PyTorch's own initialisation, as the paper has it."""
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm)):

@@ -1,6 +1,7 @@
 """From scores to chosen tags: pure functions on scores (B, L) with a mask of the real tags."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,13 +198,7 @@ def select_by_expected_f1(
     best_first = torch.empty_like(probabilities).scatter_(-1, rank, probabilities)
     num_tags = mask.sum(-1, keepdim=True)  # (B, 1)
     size = torch.empty_like(num_tags)  # how many of the best tags to choose
-    longest_first = num_tags.flatten().argsort(descending=True)
-    start = 0
-    while start < len(scores):
-        # One long list must not give all of the images tables of its size.
-        longest = max(1, int(num_tags[longest_first[start]]))
-        images = longest_first[start : start + max(1, MAX_TABLE_SIZE // longest**2)]  # (I,)
-        start += len(images)
+    for images, longest in _blocks(num_tags.flatten()):
         expected = _expected_f1_of_best(best_first[images, :longest])  # (I, L), of the 1, 2, ..., L best tags
         sizes = torch.arange(1, longest + 1, device=scores.device)
         allowed = (sizes >= num_tags[images].clamp(max=max(min_tags, 1))) & (sizes <= num_tags[images])
@@ -211,6 +206,20 @@ def select_by_expected_f1(
             allowed &= sizes <= max_tags
         size[images] = expected.masked_fill(~allowed, -1.0).argmax(-1, keepdim=True) + 1
     return (rank < size) & mask
+
+
+def _blocks(num_tags: torch.Tensor) -> Iterator[tuple[torch.Tensor | slice, int]]:
+    """Images to look at together, and their longest list: one such must not give all images tables of its size."""
+    longest = max([1, *num_tags.tolist()])
+    if len(num_tags) * longest**2 <= MAX_TABLE_SIZE:
+        yield slice(None), longest
+        return
+    longest_first, start = num_tags.argsort(descending=True), 0
+    while start < len(num_tags):
+        longest = max(1, int(num_tags[longest_first[start]]))
+        images = longest_first[start : start + max(1, MAX_TABLE_SIZE // longest**2)]  # (I,)
+        start += len(images)
+        yield images, longest
 
 
 def _expected_f1_of_best(probabilities: torch.Tensor) -> torch.Tensor:
