@@ -153,7 +153,7 @@ def build_feature_caches(
                 f"{builder.folder} lacks {len(missing)} files that another process has made; "
                 "expected a --feature_cache_dir that all processes share"
             )
-    if state.device.type == "cpu":
+    if training_args.device.type == "cpu":
         # What is left to do for a batch takes less time than to hand it over from another process.
         training_args.dataloader_num_workers = 0
         training_args.dataloader_persistent_workers = False
@@ -226,7 +226,7 @@ class _Builder:
         share = self.missing(self.all_files()[state.process_index :: state.num_processes])
         if not share:
             return
-        backbone = FrozenBackbone(self.model, state.device, self.training_args.bf16)
+        backbone = FrozenBackbone(self.model, self.training_args.device, self.training_args.bf16)
         in_workers = backbone.device.type == "cpu"
         batch_size = self.training_args.per_device_eval_batch_size
         # Path, rows and lock; the data loader asks for batches before it returns the ones before.

@@ -145,15 +145,24 @@ def predict_batches(
     """
     if batches is None:
         batches = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
-    collate = functools.partial(_read_batch, TagCollator(processor, backbone=backbone))
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=functools.partial(_read_batch, TagCollator(processor, backbone=backbone)),
+        pin_memory=model.device.type == "cuda",  # copied to a GPU while it computes
+    )
     for rows, batch, unreadable in loader:
         if not rows:
             yield PredictedBatch([], [], None, None, unreadable)
             continue
         with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             outputs = model(
-                **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"},
+                **{
+                    name: tensor.to(model.device, non_blocking=True)
+                    for name, tensor in batch.items()
+                    if name != "labels"
+                },
                 output_attentions=output_attentions,
             )
         results = processor.post_process(outputs, [row["tags"] for row in rows], selection, threshold, top_k)
