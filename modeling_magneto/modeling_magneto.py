@@ -147,6 +147,7 @@ class MagnetoAttention(nn.Module):
 
     def __init__(self, config: MagnetoConfig):
         super().__init__()
+        self.config = config
         self.num_heads = config.num_attention_heads
         self.dropout = MagnetoDropout(config)
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
@@ -176,7 +177,8 @@ class MagnetoAttention(nn.Module):
             for states in (query, key, value)
         )
         weights = None
-        if output_attentions or (self.training and tags.device.type == "cpu"):
+        is_eager = self.config._attn_implementation == "eager"  # as transformers' own models are told
+        if is_eager or output_attentions or (self.training and tags.device.type == "cpu"):
             # The fused kernels keep the weights to themselves, and on CPUs their dropout takes longer than all else.
             weights = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
             weights = (weights if mask is None else weights.masked_fill(~mask, -torch.inf)).softmax(-1)
@@ -461,6 +463,11 @@ class MagnetoPreTrainedModel(PreTrainedModel):
             module.init_non_persistent_buffers()
 
 
+def _check_shape(name: str, tensor: torch.Tensor, input_ids: torch.Tensor) -> None:
+    if tensor.shape != input_ids.shape:  # it might be broadcast, to another image's
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, expected the shape of input_ids, {tuple(input_ids.shape)}")
+
+
 class MagnetoModel(MagnetoPreTrainedModel):
     """The two streams without heads (figure 2): tags, and but for `streams="tag"` a photograph, to hidden states."""
 
@@ -504,7 +511,8 @@ class MagnetoModel(MagnetoPreTrainedModel):
             output_attentions: Return what each tag looked at; by default as the configuration says.
 
         Raises:
-            ValueError: There is no photograph, and the model needs one, or there are not as many as lists of tags.
+            ValueError: There is no photograph, and the model needs one, or there are not as many as lists of tags; or
+                the mask has another shape than the indices.
         """
         slots, tag_states, image_states, attentions = self.encode(
             input_ids, attention_mask, pixel_values, image_features, output_attentions
@@ -528,6 +536,7 @@ class MagnetoModel(MagnetoPreTrainedModel):
             )
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
+        _check_shape("attention_mask", attention_mask, input_ids)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         # A compiler wants shapes that do not depend on the data, too.
@@ -578,6 +587,7 @@ class MagnetoForTagSummarization(MagnetoPreTrainedModel):
     def _create_calibration(self) -> nn.ModuleDict | None:
         if self.config.calibration is None:
             return None
+        self.config.validate_calibration()  # `from_pretrained` may have given it another vocab_size
         return nn.ModuleDict(
             {
                 name: MagnetoCalibration(self.config.vocab_size, **fields)
@@ -651,6 +661,7 @@ class MagnetoForTagSummarization(MagnetoPreTrainedModel):
 
         loss = final_loss = tag_loss = image_loss = None
         if labels is not None:
+            _check_shape("labels", labels, input_ids)
             objective = OBJECTIVES[self.config.objective]
             if self.config.streams == "both":
                 outputs = torch.stack([logits, tag_logits.float(), image_logits.float()])  # (3, B, L)
@@ -709,6 +720,7 @@ class MagnetoForOutlierDetection(MagnetoPreTrainedModel):
 
         loss = tag_loss = image_loss = None
         if labels is not None:
+            _check_shape("labels", labels, input_ids)
             objective = OBJECTIVES[self.config.objective]
             tag_loss = None if tag_logits is None else objective(tag_logits, labels)
             image_loss = None if image_logits is None else objective(image_logits, labels)

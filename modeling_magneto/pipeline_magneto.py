@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from io import IOBase
 from typing import Any
 
@@ -154,7 +154,10 @@ class TagSummarizationPipeline(Pipeline):
 
 
 def _is_nested(candidate_labels: Any) -> bool:
-    return isinstance(candidate_labels, Sequence) and isinstance(next(iter(candidate_labels), None), (list, tuple))
+    if isinstance(candidate_labels, (str, bytes)) or not isinstance(candidate_labels, Collection):
+        return False
+    first = next(iter(candidate_labels), None)
+    return isinstance(first, Iterable) and not isinstance(first, (str, bytes))
 
 
 def _heat_map(attention: torch.Tensor) -> list[list[float]]:

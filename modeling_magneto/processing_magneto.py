@@ -126,8 +126,8 @@ def _read_text(text: str, timeout: float | None) -> bytes:
         text = text.partition(",")[2]
     try:
         return base64.b64decode("".join(text.split()), validate=True)  # many an encoder breaks lines
-    except binascii.Error:  # whose name, "Error", tells nobody anything
-        raise ValueError("no base64 text") from None
+    except binascii.Error:  # of what is most likely the path of a file
+        raise FileNotFoundError(text) from None
 
 
 class MagnetoProcessor(ProcessorMixin):
@@ -142,7 +142,7 @@ class MagnetoProcessor(ProcessorMixin):
             default the paper's, a threshold of 0.5.
 
     Raises:
-        ValueError: A field of `selection` is unknown or has a wrong value.
+        ValueError: A field of `selection` is unknown or has a wrong value, or `max_tags` is below 1.
     """
 
     def __init__(
@@ -154,6 +154,8 @@ class MagnetoProcessor(ProcessorMixin):
         selection: dict[str, Any] | None = None,
     ):
         super().__init__(image_processor, tokenizer)
+        if max_tags < 1:
+            raise ValueError(f"max_tags is {max_tags}, expected at least 1")
         self.max_tags = max_tags
         self.use_images = use_images
         self.selection = (
@@ -195,6 +197,11 @@ class MagnetoProcessor(ProcessorMixin):
         )
         return cls(image_processor, tokenizer, max_tags=max_tags, use_images=use_images)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
+        """As every processor's; raises `ValueError` where `selection` has become none that could be loaded again."""
+        SelectionRule.from_dict(self.selection)
+        return super().save_pretrained(save_directory, **kwargs)
+
     @property
     def vocabulary(self) -> list[str]:
         """The tags that the model knows, in the order of their indices."""
@@ -233,12 +240,13 @@ class MagnetoProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}, expected 'pt': the model is PyTorch's")
-        if not tags:
+        if tags is None or not len(tags):
             raise ValueError(f"tags is {tags!r}, expected a list of tags or a list of such lists")
         if isinstance(tags[0], str):
             tags = [tags]
             important_tags = None if important_tags is None else [important_tags]
         tags = [self._normalize_row(row, index) for index, row in enumerate(tags)]
+        important_tags = None if important_tags is None else self._normalize_important(important_tags, tags)
         if truncation:
             tags = [row[: self.max_tags] for row in tags]
 
@@ -249,7 +257,7 @@ class MagnetoProcessor(ProcessorMixin):
         if self.use_images:
             inputs["pixel_values"] = self._pixel_values(images, len(tags), images_kwargs)
         if important_tags is not None:
-            inputs["labels"] = self._labels(tags, important_tags, truncation, inputs["input_ids"].shape)
+            inputs["labels"] = self._labels(tags, important_tags, inputs["input_ids"].shape[1])
         return BatchFeature(dict(inputs))
 
     def _normalize_row(self, row: Sequence[str], index: int) -> list[str]:
@@ -273,17 +281,24 @@ class MagnetoProcessor(ProcessorMixin):
                 )
         return self.image_processor(images, return_tensors="pt", **images_kwargs)["pixel_values"]
 
-    def _labels(self, tags, important_tags, truncation: bool, shape: torch.Size) -> torch.Tensor:
+    def _normalize_important(self, important_tags: Sequence[Sequence[str]], tags: list[list[str]]) -> list[set[str]]:
         if len(important_tags) != len(tags):
             raise ValueError(f"found {len(important_tags)} lists of important tags for {len(tags)} lists of tags")
-        labels = [[IGNORED_LABEL] * shape[1] for _ in tags]
+        normalized = []
         for index, (row, important) in enumerate(zip(tags, important_tags, strict=True)):
-            if not important:  # unknown
-                continue
-            important = {normalize_tag(tag) for tag in important}
-            if not truncation and (strange := important.difference(row)):
+            if isinstance(important, str):
+                raise ValueError(f"important_tags[{index}]: found the text {important!r}, expected a list of tags")
+            normalized.append({normalize_tag(tag) for tag in (() if important is None else important)})
+            if strange := normalized[-1].difference(row):
                 raise ValueError(f"important_tags[{index}]: {sorted(strange)} are not among the tags")
-            labels[index][: len(row)] = [int(tag in important) for tag in row]
+        return normalized
+
+    @staticmethod
+    def _labels(tags: list[list[str]], important_tags: list[set[str]], width: int) -> torch.Tensor:
+        labels = [[IGNORED_LABEL] * width for _ in tags]
+        for row_labels, row, important in zip(labels, tags, important_tags, strict=True):
+            if important:  # otherwise unknown
+                row_labels[: len(row)] = [int(tag in important) for tag in row]
         return torch.tensor(labels)
 
     def post_process(
@@ -305,7 +320,7 @@ class MagnetoProcessor(ProcessorMixin):
             For each image `{"tags": [(tag, score), ...], "selected_tags": [tag, ...]}`, in the order of the tags,
             normalised and without duplicates.
         """
-        if isinstance(tags[0], str):
+        if len(tags) and isinstance(tags[0], str):
             tags = [tags]
         rows = [self._normalize_row(row, index) for index, row in enumerate(tags)]
         selected = self.select(outputs.logits, rows, selection, threshold, top_k)  # (B, L)
@@ -339,12 +354,16 @@ class MagnetoProcessor(ProcessorMixin):
             (B, L) bool, on the CPU, true for the chosen tags.
 
         Raises:
-            ValueError: The rule or its parameters are wrong, or there are not as many lists of tags as images.
+            ValueError: The rule or its parameters are wrong, or there are not as many lists of tags as images, or one
+                is longer than L.
         """
         rule = find_rule(self.selection, selection, threshold, top_k)
         scores = torch.sigmoid(logits.detach().float()).cpu()  # (B, L)
         if len(tags) != len(scores):
             raise ValueError(f"found {len(tags)} lists of tags for the scores of {len(scores)} images")
+        for index, row in enumerate(tags):
+            if len(row) > scores.shape[1]:
+                raise ValueError(f"tags[{index}] has {len(row)} tags, but there are scores of {scores.shape[1]}")
         lengths = torch.tensor([len(row) for row in tags])
         mask = torch.arange(scores.shape[1]) < lengths[:, None]  # (B, L)
         return select(scores, mask, rule, self._thresholds(rule, tags, scores))

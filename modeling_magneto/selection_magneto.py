@@ -94,8 +94,8 @@ def find_rule(
 
     Args:
         stored: Fields of a `SelectionRule`.
-        selection: The name of another rule; by default the one that `top_k` or `threshold` belongs to.
-        threshold: In [0, 1]; 0.5 where another rule is named without it.
+        selection: The name of a rule; by default the one that `top_k` or `threshold` belongs to.
+        threshold: In [0, 1]; 0.5 where a rule is named without it, whatever is stored.
         top_k: At least 1; not together with `threshold`.
 
     Raises:

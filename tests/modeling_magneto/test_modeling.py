@@ -691,6 +691,34 @@ def test_one_photograph_is_not_shared_by_several_lists_of_tags(tiny_config):
         build(tiny_config)(batch["input_ids"], pixel_values=batch["pixel_values"][:1])
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["attention_mask", "labels"])
+def test_no_mask_or_label_is_another_images(tiny_config, name, training):
+    model, batch = build(tiny_config).train(training), make_batch()
+
+    for wrong in (batch[name][:1], batch[name][:, :1], batch[name][0]):
+        with pytest.raises(ValueError, match=rf"{name} is \(.*\), expected the shape of input_ids, \(3, 5\)"):
+            model(**{**batch, name: wrong})
+
+
+def test_eager_attention_is_written_out(tiny_config, monkeypatch):
+    model, batch = build(tiny_config), make_batch()
+    expected = model(**batch).logits
+    eager = build(tiny_config, attn_implementation="eager")
+    eager.load_state_dict(model.state_dict())
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+
+    torch.testing.assert_close(eager(**batch).logits, expected)
+
+
+def test_calibration_of_another_vocabulary_is_refused(tiny_config, tmp_path):
+    calibration = {"logits": {"temperature": 1.0, "bias": 0.0, "tag_biases": {"5": 0.7}}}
+    build(tiny_config, calibration=calibration).save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match="has a bias of tag '5', expected an index below vocab_size"):
+        MagnetoForTagSummarization.from_pretrained(tmp_path, vocab_size=3, ignore_mismatched_sizes=True)
+
+
 def test_a_wrong_calibration_is_refused_and_the_old_one_stays(tiny_config):
     model = build(tiny_config, calibration=CALIBRATION)
 

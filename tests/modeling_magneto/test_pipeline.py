@@ -198,13 +198,20 @@ def test_an_address_is_followed_and_what_a_server_refuses_is_told(summarizer, ph
         summarizer(photograph_url.replace("photo", "missing"), candidate_labels=TAGS)
 
 
+def test_tags_may_come_as_arrays(summarizer):
+    expected = summarizer([photograph()] * 2, candidate_labels=[TAGS, TAGS[:1]])
+
+    assert summarizer([photograph()] * 2, candidate_labels=[np.array(TAGS), np.array(TAGS[:1])]) == expected
+    assert summarizer(photograph(), candidate_labels=np.array(TAGS)) == expected[0]
+
+
 def test_base64_may_be_broken_into_lines_but_holds_nothing_else(summarizer):
     lines = base64.encodebytes(as_bytes(photograph())).decode()
     assert lines.count("\n") > 10
 
     for text in (lines, f"data:image/png;base64,{lines}"):
         assert_same(summarizer(text, candidate_labels=TAGS), summarizer(photograph(), candidate_labels=TAGS))
-        with pytest.raises(ValueError, match=r"cannot be read \(ValueError\)"):
+        with pytest.raises(ValueError, match=r"cannot be read \(FileNotFoundError\)"):
             summarizer(text + "?", candidate_labels=TAGS)
 
 

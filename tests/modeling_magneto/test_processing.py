@@ -187,12 +187,25 @@ def test_a_batch_is_its_examples_padded(processor):
         ({"tags": ["red"], "important_tags": ["blue"]}, r"important_tags\[0\]: \['blue'\] are not among the tags"),
         ({"tags": [["red"]], "important_tags": [["red"], ["red"]]}, "found 2 lists of important tags for 1 lists"),
         ({"tags": ["red"], "important_tags": [""]}, "empty tag"),
-        ({"tags": ["red"], "images": "missing.jpg"}, r"the photograph 'missing.jpg' cannot be read \(ValueError\)"),
+        ({"tags": ["red"], "images": "missing.jpg"}, r"photograph 'missing.jpg' cannot be read \(FileNotFoundError\)"),
+        ({"tags": ["red", "blue"], "important_tags": "blue"}, r"important_tags\[0\]: found the text 'blue'"),
     ],
 )
-def test_a_wrong_input_is_a_clear_error(processor, arguments, message):
+@pytest.mark.parametrize("truncation", [False, True])
+def test_a_wrong_input_is_a_clear_error(processor, arguments, message, truncation):
     with pytest.raises(ValueError, match=message):
-        processor(**{"images": photograph(), **arguments})
+        processor(**{"images": photograph(), **arguments}, truncation=truncation)
+
+
+def test_tags_may_be_arrays(processor):
+    tags = [np.array(["red", "blue"], dtype=object), np.array(["green"])]
+    important_tags = [np.array(["blue"]), np.array([], dtype=str)]
+
+    batch = processor([photograph()] * 2, tags, important_tags)
+    single = processor(photograph(), tags[0], important_tags[0])
+
+    assert batch["labels"].tolist() == [[0, 1], [-100, -100]]
+    assert torch.equal(single["input_ids"][0], batch["input_ids"][0]) and single["labels"].tolist() == [[0, 1]]
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -350,6 +363,21 @@ def test_a_wrong_stored_rule_is_an_error_before_it_is_used(processor):
         MagnetoProcessor(processor.image_processor, processor.tokenizer, selection={"treshold": 0.3})
 
 
+def test_a_wrong_stored_rule_is_not_saved_over_a_good_one(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    processor.selection = {"rule": "top_k"}
+
+    with pytest.raises(ValueError, match="selection: top_k is None, but the rule is 'top_k'"):
+        processor.save_pretrained(tmp_path)
+
+    assert MagnetoProcessor.from_pretrained(tmp_path).selection["rule"] == "threshold"
+
+
+def test_a_processor_cuts_to_one_tag_at_least(processor):
+    with pytest.raises(ValueError, match="max_tags is 0, expected at least 1"):
+        MagnetoProcessor(processor.image_processor, processor.tokenizer, max_tags=0)
+
+
 def test_the_default_rule_is_the_papers(processor):
     assert processor.selection == {"rule": "threshold", "threshold": 0.5}
 
@@ -376,8 +404,10 @@ def test_post_process_takes_a_single_list_of_tags(processor):
 def test_post_process_refuses_tags_of_another_batch(processor):
     with pytest.raises(ValueError, match="found 1 lists of tags for the scores of 2 images"):
         processor.post_process(outputs_of(SCORES), ["red", "blue"])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"tags\[0\] has 3 tags, but there are scores of 2"):
         processor.post_process(outputs_of([[0.9, 0.1]]), [["red", "blue", "green"]])
+    with pytest.raises(ValueError, match="found 0 lists of tags for the scores of 2 images"):
+        processor.post_process(outputs_of(SCORES), [])
 
 
 def test_only_pytorch_tensors_are_made(processor):
