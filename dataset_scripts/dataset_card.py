@@ -1,5 +1,6 @@
 """The README.md of a prepared dataset, with its two figures, written from the files themselves."""
 
+import warnings
 from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ COLUMNS = {
     ),
 }
 TAGS_IN_FIGURE = 40
+CHARACTERS_IN_FIGURE = 30  # of a tag; a longer one would take the room of the bars
 CANDIDATE_COLOUR, IMPORTANT_COLOUR = "#9db7d5", "#1f4e8c"
 
 
@@ -176,7 +178,7 @@ def _draw_tags_per_image(statistics: Statistics, path: Path) -> None:
     axes.set(xlabel="tags of an image", ylabel="images")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)  # covers no bar
     figure.savefig(path, dpi=120)
 
 
@@ -184,18 +186,33 @@ def _draw_class_balance(statistics: Statistics, path: Path) -> None:
     tagged, important = statistics.per_tag["tags"], statistics.per_tag["important_tags"]
     # By count, then by name: the picture must not depend on the order of the rows.
     shown = sorted(tagged, key=lambda tag: (-tagged[tag], tag))[:TAGS_IN_FIGURE][::-1]
-    figure = Figure(figsize=(7, 1 + 0.19 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(7, 1.3 + 0.19 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    labels = [tag.replace("$", r"\$") for tag in shown]  # what stands between two of them is TeX to Matplotlib
-    axes.barh(labels, [tagged[tag] for tag in shown], color=CANDIDATE_COLOUR, label="candidate")
+    places = range(len(shown))  # not the labels: two long tags may be shortened to the same
+    axes.barh(places, [tagged[tag] for tag in shown], color=CANDIDATE_COLOUR, label="candidate")
     if statistics.labelled:
-        axes.barh(labels, [important[tag] for tag in shown], color=IMPORTANT_COLOUR, label="important")
+        axes.barh(places, [important[tag] for tag in shown], color=IMPORTANT_COLOUR, label="important")
+    axes.set_yticks(places, map(_label, shown))
     axes.set(xlabel="images")
     axes.tick_params(axis="y", labelsize=8, length=0)
     axes.margins(y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=120)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(path, dpi=120)
+    # Matplotlib warns of every character that its font lacks, several times.
+    if any("missing from font" in str(warning.message) for warning in caught):
+        print(f"{path.name}: its font lacks some characters of the tags, which are boxes there")
+    for warning in caught:
+        if "missing from font" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _label(tag: str) -> str:
+    if len(tag) > CHARACTERS_IN_FIGURE:
+        tag = tag[: CHARACTERS_IN_FIGURE - 1].rstrip() + "…"
+    return tag.replace("$", r"\$")  # what stands between two of them is TeX to Matplotlib
 
 
 def _body(text: CardText, counts: dict, statistics: Statistics, short_side: int | None) -> str:
@@ -222,11 +239,13 @@ ground truth is unknown or unusable, for unsupervised pre-training.
     tags, important = (sum(statistics.per_tag[c].values()) for c in ("tags", "important_tags"))
     images = sum(statistics.per_image["tags"].values())
     num_tags = len(statistics.per_tag["tags"])
-    shown = f"The {TAGS_IN_FIGURE} most frequent of the" if num_tags > TAGS_IN_FIGURE else "The"
-    kind, of_important, in_figure = "images", "", "a candidate for"
+    shown = f"The {TAGS_IN_FIGURE} most frequent of the {num_tags:,} tags" if num_tags > TAGS_IN_FIGURE else "The tags"
+    kind, of_important, in_figure = "image", "", "a candidate for"
     if statistics.labelled:
-        kind, in_figure = "labelled images", "a candidate for, and important in"
-        of_important = f"; {important:,} of them ({important / tags:.1%}) are important"
+        kind, in_figure = "labelled image", "a candidate for, and important in"
+        verb = "is" if important == 1 else "are"
+        of_important = f"; {important:,} of them ({important / tags:.1%}) {verb} important"
+    have = "has" if images == 1 else "have"
     return (
         f"""# {text.name}
 
@@ -254,18 +273,22 @@ from datasets import load_dataset
 
 ## Tags
 
-{images:,} {kind} have {tags:,} candidate tags, {tags / images:.2f} each, out of a
+{_count(images, kind)} {have} {_count(tags, "candidate tag")}, {tags / images:.2f} each, out of a
 vocabulary of {num_tags:,}{of_important}.
 
 ![Tags per image](figures/tags_per_image.png)
 
-{shown} {num_tags:,} tags, by the number of images that they are {in_figure}:
+{shown}, by the number of images that they are {in_figure}:
 
 ![Class balance](figures/class_balance.png)
 
 {text.ending}""".rstrip()
         + "\n"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _show(value: float) -> str:

@@ -66,10 +66,30 @@ def read_tags(text: str) -> list[str]:
     tags = [tag.strip() for tag in re.split(r"[,;\n]", text or "")]
     tags = [tag for tag in tags if tag]
     if not tags:
-        raise gr.Error("Type some tags first, separated by commas.", title="No tags", print_exception=False)
+        raise gr.Error("Type some tags first, separated by commas.", print_exception=False)
     if len(tags) > MAX_TAGS:
-        raise gr.Error(f"{len(tags)} tags, at most {MAX_TAGS} are taken.", title="Many tags", print_exception=False)
+        raise gr.Error(f"{len(tags)} tags, at most {MAX_TAGS} are taken.", print_exception=False)
     return tags
+
+
+def open_photograph(component: gr.Image, file: dict[str, Any] | None) -> Image.Image | None:
+    """The photograph that `component` makes of its file, decoded.
+
+    Args:
+        component: Of `type="pil"`.
+        file: What the page sends: the fields of `component.data_model`, or None.
+
+    Raises:
+        gr.Error: It cannot be read; the message is for the visitor.
+    """
+    if file is None:
+        return None
+    try:
+        photograph = component.preprocess(component.data_model(**file))
+        photograph.load()
+    except Exception as error:  # every decoder of Pillow fails in its own way
+        raise gr.Error("The photograph cannot be read. Try a JPEG or PNG.", print_exception=False) from error
+    return photograph
 
 
 def rank(
@@ -95,12 +115,12 @@ def rank(
     if not summarizer.processor.use_images:
         photograph = None
     elif photograph is None:
-        raise gr.Error("Drop a photograph first.", title="No photograph", print_exception=False)
+        raise gr.Error("Drop a photograph first.", print_exception=False)
     rule = {} if own_rule else {"threshold": threshold}
     try:
         result = summarizer(photograph, candidate_labels=tags, return_attention=True, **rule)
     except ValueError as error:
-        raise gr.Error(html.escape(str(error)), title="That does not work", print_exception=False) from error
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error
     known = set(summarizer.processor.vocabulary)
     return {
         "result": [{**item, "known": item["label"] in known} for item in result],
@@ -172,7 +192,7 @@ def describe_rule(selection: dict[str, Any]) -> str:
     words = {
         "threshold": "a score of at least {threshold:.2f}",
         "top_k": "the {top_k} best",
-        "expected_f1": "the highest expected F1",
+        "expected_f1": "the set of tags that should fit best",
     }
     return words[selection["rule"]].format(**{"threshold": 0.5, **selection})
 
@@ -186,14 +206,17 @@ def build(summarizer: Pipeline, name: str) -> gr.Blocks:
     """
     use_images = summarizer.processor.use_images
 
+    def read_and_rank(file, text, own_rule, threshold):
+        return rank(summarizer, open_photograph(photograph, file), text, own_rule, threshold)
+
     def submit(photograph, text, own_rule, threshold):
-        return show(rank(summarizer, photograph, text, own_rule, threshold))
+        return show(read_and_rank(photograph, text, own_rule, threshold))
 
     def choose_again(before, photograph, text, own_rule, threshold):
         """By another rule, with the heat map of the same tag; nothing where nothing stands there."""
         if before is None:
             return gr.skip(), gr.skip(), gr.skip()
-        after = rank(summarizer, photograph, text, own_rule, threshold)
+        after = read_and_rank(photograph, text, own_rule, threshold)
         if [item["label"] for item in after["result"]] == [item["label"] for item in before["result"]]:
             after["shown"] = before["shown"]
         return show(after)
@@ -238,18 +261,24 @@ def build(summarizer: Pipeline, name: str) -> gr.Blocks:
                     elem_id="ranking",
                 )
         inputs, outputs = [photograph, text, own_rule, threshold], [ranked, tags, picture]
+        # Before a function is called, Gradio would open the photograph and answer a bad one by a bare "Error", also
+        # with `type="filepath"`. So values come as the page sends them, and `open_photograph` opens it.
+        as_sent = {"preprocess": False}
         if files := sorted(EXAMPLES.glob("*.txt")):
-            rows = [[str(file.with_suffix(".jpg")), file.read_text(encoding="utf-8").strip()] for file in files]
-            examples = gr.Examples(rows, [photograph, text], label="Examples")
-            examples.load_input_event.then(submit, inputs, outputs, scroll_to_output=True)
-        button.click(submit, inputs, outputs, scroll_to_output=True)
-        own_rule.input(choose_again, [ranked, *inputs], outputs)
+            rows = [[file.read_text(encoding="utf-8").strip()] for file in files]
+            if use_images:
+                rows = [[str(file.with_suffix(".jpg")), *row] for file, row in zip(files, rows, strict=True)]
+            examples = gr.Examples(rows, [photograph, text] if use_images else [text], label="Examples")
+            examples.load_input_event.then(submit, inputs, outputs, scroll_to_output=True, **as_sent)
+        button.click(submit, inputs, outputs, scroll_to_output=True, **as_sent)
+        own_rule.input(choose_again, [ranked, *inputs], outputs, **as_sent)
         threshold.input(
             choose_by_threshold,
             [ranked, photograph, text, threshold],
             [own_rule, *outputs],
             show_progress="hidden",
             trigger_mode="always_last",
+            **as_sent,
         )
         tags.select(select, ranked, outputs)
     return page
@@ -259,6 +288,12 @@ def launch(page: gr.Blocks, **options: Any) -> str:
     """Serve a page; returns its address. Fonts are the visitor's own: nothing is fetched from elsewhere."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
+    theme.set(  # white text has too little contrast with the theme's own, lighter orange
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
+    )
     return page.launch(theme=theme, css=CSS, max_file_size="20mb", **options)[1]
 
 

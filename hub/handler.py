@@ -29,6 +29,7 @@ MAX_BATCH_SIZE = 32
 MAX_PREPROCESSORS = 8  # in a container, a machine's cores may be many more than the container may use
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # what browsers and cameras write; Pillow reads many more
 OPTIONS = {"threshold": float, "top_k": int, "selection": str, "return_attention": bool}
+KINDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
 
 @dataclass
@@ -150,6 +151,8 @@ def read_labels(labels: Any) -> list[str]:
     """
     if isinstance(labels, str):
         labels = [label.strip() for label in labels.split(",") if label.strip()]
+    if labels is None:
+        raise ValueError("candidate_labels is missing, expected a list of tags")
     if not isinstance(labels, list):
         raise ValueError(f"candidate_labels is of type {type(labels).__name__}, expected a list of tags")
     if not labels:
@@ -185,9 +188,9 @@ def read_options(parameters: dict[str, Any]) -> dict[str, Any]:
         try:
             options[name] = _read_text(value, kind) if isinstance(value, str) else value
         except (KeyError, ValueError):
-            raise ValueError(f"{name} is {value[:80]!r}, expected a {kind.__name__}") from None
+            raise ValueError(f"{name} is {value[:80]!r}, expected {KINDS[kind]}") from None
         if type(options[name]) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{name} is of type {type(value).__name__}, expected a {kind.__name__}")
+            raise ValueError(f"{name} is of type {type(value).__name__}, expected {KINDS[kind]}")
     return options
 
 

@@ -130,7 +130,7 @@ class ModelArguments:
 class RowArguments:
     """Where the rows come from, and how training photographs are changed."""
 
-    dataset_name: str = _option("", "A Hub id, or a folder of Parquet, CSV or JSON files.")
+    dataset_name: str = _option("", "Required: a Hub id, or a folder of Parquet, CSV or JSON files.")
     dataset_config_name: str | None = _option(None, "A configuration of the dataset.")
     train_split: str = _option("train", "The split to train on; its tags are the vocabulary.")
     validation_split: str = _option("validation", "The split that chooses the best epoch.")
@@ -279,6 +279,9 @@ class MagnetoTrainingArguments(TrainingArguments):
         "Seconds that processes wait for each other. A day: one checks all photographs, or makes the last features, "
         "while the others wait.",
     )
+    resume_from_checkpoint: str | None = _option(
+        None, "true: go on from the newest checkpoint in output_dir. Or the folder of a checkpoint."
+    )
     backbone_learning_rate: float | None = _option(None, "That of the backbone's trained stages, where it differs.")
     early_stopping_patience: int | None = _option(None, "Stop after this many evaluations without a better figure.")
     int8: bool = _option(False, INT8_HELP)
@@ -333,11 +336,11 @@ class PretrainingArguments(MagnetoTrainingArguments):
 class PredictArguments:
     """Choosing the tags of a dataset."""
 
-    model_name_or_path: str = _option("", "A trained folder or a Hub id.")
-    dataset_name: str = _option("", "A Hub id, or a folder of Parquet, CSV or JSON files.")
+    model_name_or_path: str = _option("", "Required: a trained folder or a Hub id.")
+    dataset_name: str = _option("", "Required: a Hub id, or a folder of Parquet, CSV or JSON files.")
     output_file: str = _option(
         "",
-        "The Parquet file to write. Beside it come its metrics, and report.html, "
+        "Required: the Parquet file to write. Beside it come its metrics, and report.html, "
         "which replaces that of an earlier prediction into the same folder.",
     )
     dataset_config_name: str | None = _option(None, "A configuration of the dataset.")
@@ -444,7 +447,7 @@ def parse_arguments(
             asks for a stream of a command that has none.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(argument_classes, allow_abbrev=False)
+    parser = _Parser(argument_classes, allow_abbrev=False, usage="%(prog)s [CONFIG.yaml] [--field value ...]")
     fields, others = (
         {item.name for argument_class in classes for item in dataclasses.fields(argument_class)}
         for classes in (argument_classes, passed_over)
@@ -534,9 +537,13 @@ def user_errors_in_one_line(command: str):
         unwritten = "enforce fail at inline_container.cc" in str(error)
         if isinstance(error, RuntimeError) and not (unwritten or isinstance(error, torch.OutOfMemoryError)):
             raise
-        # From a data loader's worker comes its whole traceback as the message; what we have to say is the end of it.
-        reason = str(error).rpartition(f"{type(error).__name__}: ")[2] or type(error).__name__
+        reason = str(error) or type(error).__name__
+        if "Traceback (most recent call last)" in reason:  # of a data loader's worker; what we have to say is the end
+            reason = reason.rpartition(f"{type(error).__name__}: ")[2]
         if unwritten:
             reason = f"a file cannot be written, the disk may be full: {reason}"
         print(f"{command}: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)  # as shells have it of SIGINT

@@ -14,6 +14,16 @@ from modeling_magneto import MagnetoConfig, MagnetoPreTrainedModel, MagnetoProce
 
 from .arguments import MagnetoTrainingArguments, UserError
 
+# A run goes on with these as it began: the optimizer's and the schedule's state fit no other, and what is best so far
+# was found by one metric.
+STATE_NAME = "EpochCallback"  # under which a checkpoint keeps them
+LASTING_ARGUMENTS = ("optim", "lr_scheduler_type", "metric_for_best_model", "greater_is_better")
+
+
+def lasting_arguments(args: MagnetoTrainingArguments) -> dict[str, str | bool | None]:
+    """What checkpoints keep, for `find_checkpoint`, of how the run began."""
+    return {name: getattr(value := getattr(args, name), "value", value) for name in LASTING_ARGUMENTS}
+
 
 def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
     """The checkpoint to go on from: a named one, or with `true` the last one in `output_dir` that is not damaged.
@@ -100,7 +110,12 @@ def _check_goes_on(checkpoint: Path, args: MagnetoTrainingArguments) -> None:
             f"{checkpoint} has {', '.join(sorted(found)) or 'no rng_state.pth'}, expected {', '.join(expected)}: "
             "a run goes on with as many processes as before"
         )
-    size = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["train_batch_size"]
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    saved = state["stateful_callbacks"].get(STATE_NAME, {}).get("attributes", {})
+    for name, value in lasting_arguments(args).items():
+        if saved.get(name, value) != value:  # an older checkpoint does not say
+            raise UserError(f"{checkpoint} is of a run with {name} {saved[name]!r}, and this one has {value!r}")
+    size = state["train_batch_size"]
     if size != args.train_batch_size and not args.auto_find_batch_size:
         raise UserError(
             f"{checkpoint} is of {size} images a step in each process, and this run has {args.train_batch_size}; "

@@ -238,12 +238,13 @@ def format_metrics(metrics: dict[str, dict[str, float]]) -> str:
         keep_all = _percentages(figures, "keep_all_")
         rows.append((name, f"{figures['num_images']}", *_percentages(figures, "")))
         if "f1_at_half" in figures:
-            at_half = [f"{figures[f'{figure}_at_half']:.2f}" for figure in ("precision", "recall", "f1")]
+            at_half = [_percent(figures[f"{figure}_at_half"]) for figure in ("precision", "recall", "f1")]
             if at_half != _percentages(figures, "")[:3]:  # another rule is in force
                 rows.append(("  raw scores at 0.5", "", *at_half, ""))
         if "tag_f1" in figures and "image_f1" in figures:
             rows += [
-                (f"  {stream} stream", "", "", "", f"{figures[f'{stream}_f1']:.2f}", "") for stream in ("tag", "image")
+                (f"  {stream} stream", "", "", "", _percent(figures[f"{stream}_f1"]), "")
+                for stream in ("tag", "image")
             ]
     rows.append(("  keep all", "", *keep_all))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -266,7 +267,11 @@ def format_detection_metrics(figures: dict[str, float]) -> str:
 
 
 def _percentages(figures: dict[str, float], prefix: str) -> list[str]:
-    return [f"{figures[prefix + name]:.2f}" for name in ("precision", "recall", "f1", "reducible_f1")]
+    return [_percent(figures[prefix + name]) for name in ("precision", "recall", "f1", "reducible_f1")]
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
 
 
 def write_metrics(path: Path, metrics: dict) -> None:

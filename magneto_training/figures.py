@@ -73,7 +73,7 @@ def draw_training_curves(history: list[dict[str, float]]) -> Figure | None:
         return None
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.4 * rows), layout="constrained")
+    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (title, label, curves) in zip(grid, panels, strict=False):
         for key, name, style in curves:
@@ -81,7 +81,8 @@ def draw_training_curves(history: list[dict[str, float]]) -> Figure | None:
         axes.set(title=title, ylabel=label)
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
-            axes.legend()
+            # Below the axes, where it covers no curve.
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     for axes in grid[len(panels) :]:
         axes.remove()
     return figure

@@ -107,6 +107,8 @@ def load_source(folder: str) -> tuple[MagnetoPreTrainedModel, MagnetoProcessor]:
     Raises:
         UserError: There is none, or its weights are not all there.
     """
+    if not Path(folder).exists() and (folder.startswith((".", "/", "~")) or folder.count("/") > 1):
+        raise UserError(f"the model {folder!r} cannot be loaded: there is no such folder")
     try:
         # What is missing or has another shape, transformers makes up, and warns; we refuse it below, by name.
         model, loading = AutoModel.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)

@@ -8,7 +8,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_magneto import MagnetoConfig, MagnetoProcessor
 
-from .arguments import DataArguments, MagnetoTrainingArguments, ModelArguments, PretrainingDataArguments
+from .arguments import (
+    OPTIM_ARGS,
+    DataArguments,
+    MagnetoTrainingArguments,
+    ModelArguments,
+    PretrainingDataArguments,
+)
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 CONFIG_FIELDS = (
@@ -63,13 +69,18 @@ def write_model_card(
     Args:
         output_dir: The trained folder.
         repo_id: What the model is called on the Hub, or the folder's name.
-        metrics: Metrics of each split, as in `metrics.json`.
+        metrics: Metrics of `validation` and `test`, as in `metrics.json`.
         config, processor: The model's.
         model_args, data_args, training_args: The run's arguments.
     """
     pretrained = isinstance(data_args, PretrainingDataArguments)
     is_local = Path(data_args.dataset_name).exists()
     dataset_name = Path(data_args.dataset_name).resolve().name if is_local else data_args.dataset_name
+    # The dataset's own names of the splits. What is held out of its training split for pre-training has none.
+    splits = {} if pretrained else {"validation": data_args.validation_split, "test": data_args.test_split}
+    dataset = f"`{dataset_name}`"
+    if data_args.dataset_config_name is not None:
+        dataset += f", configuration `{data_args.dataset_config_name}`"
     model_name = repo_id.rpartition("/")[2]
     timm_weights = processor.use_images and model_args.backbone_weights == "pretrained" and "." in config.backbone
     card_data = ModelCardData(
@@ -86,12 +97,13 @@ def write_model_card(
                 task_name="Outlier detection" if pretrained else "Extractive tags summarization",
                 dataset_type=dataset_name,
                 dataset_name=dataset_name,
-                dataset_split=split,
+                dataset_config=data_args.dataset_config_name,
+                dataset_split=splits.get(role),
                 metric_type=metric,
                 metric_name=metric if pretrained else f"{metric} (keep-all F1 {figures['keep_all_f1']:.1f})",
                 metric_value=round(figures[metric], 2),
             )
-            for split, figures in metrics.items()
+            for role, figures in metrics.items()
             for metric in (["average_precision"] if pretrained else ["f1", "precision", "recall"])
             if not math.isnan(figures[metric])
         ],
@@ -102,6 +114,8 @@ def write_model_card(
         **{name: getattr(training_args, name) for name in TRAINING_FIELDS},
         **{name: value for name in FIELDS_WHERE_SET if (value := getattr(training_args, name))},
     }
+    if OPTIM_ARGS.get(training_args.optim.value) == ():  # the default, which such an optimizer does not read
+        del settings["optim_args"]
     vocabulary = processor.vocabulary
     card = ModelCard.from_template(
         card_data,
@@ -109,7 +123,9 @@ def write_model_card(
         pretrained=pretrained,
         model_name=model_name,
         repo_id=repo_id,
-        dataset_name=dataset_name,
+        dataset=dataset,
+        splits=splits,
+        percent=_percent,
         example_tags=vocabulary[:4],
         use_images=processor.use_images,
         rule=RULE_SENTENCES[processor.selection["rule"]],
@@ -120,6 +136,10 @@ def write_model_card(
         settings={name: getattr(value, "value", value) for name, value in settings.items()},
     )
     card.save(output_dir / "README.md")
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.1f}"
 
 
 def name_model(card: ModelCard, repo_id: str) -> None:

@@ -24,7 +24,7 @@ from .augmentation import ImageAugmentation
 # reach. Anything else, as of a network share that is lost, may pass.
 ERRORS_OF_A_PHOTOGRAPH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 PIXELS_AT_A_TIME = 4_000_000  # at least, that are decoded together
-UNREADABLE = "an unreadable photograph"
+UNREADABLE = "a missing or unreadable photograph"
 TOO_THIN = f"a photograph more than {MAX_ASPECT_RATIO} times as long as it is wide"
 TOO_LARGE = f"a photograph of more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
 

@@ -60,6 +60,7 @@ FIGURES = b"magneto"
 PARTS_PER_ROW_GROUP = 16
 ROWS_PER_WORKER = 64  # at least: starting one takes time
 MAX_WORKERS = 16  # that feed a GPU
+MAX_TAGS_PER_IMAGE = 64  # with padding, in the mean of a batch: a few endless lists must not make all others wait
 
 
 class StreamedRows(torch.utils.data.Dataset):
@@ -289,7 +290,7 @@ def predict_parts(
         backbone: As in `predict_batches`.
 
     Yields:
-        After each batch how many rows it had; a generator, so nothing happens unless it is read.
+        After each batch how many rows more are done; a generator, so nothing happens unless it is read.
 
     Raises:
         DataError: A row is bad, or its photograph cannot be read, and bad rows are not to be skipped.
@@ -307,9 +308,14 @@ def predict_parts(
             begun.append(_Part(part_rows, part, args))
             yield from map(part_rows.__getitems__, begun[-1].batches) if streamed else begun[-1].batches
 
-    def write_complete_parts() -> None:
+    def write_complete_parts() -> int:
+        """Returns how many of their rows came in no batch."""
+        num_bad = 0
         while begun and not begun[0].num_open:
-            begun.popleft().write(folder)
+            part = begun.popleft()
+            part.write(folder)
+            num_bad += part.num_bad
+        return num_bad
 
     predicted = predict_batches(
         model,
@@ -325,11 +331,12 @@ def predict_parts(
         backbone=backbone,
     )
     for batch in predicted:
-        write_complete_parts()  # without a good row there was no batch
+        num_bad = write_complete_parts()  # without a good row there was no batch
         begun[0].add(batch, None if batch.labels is None else _select_by_each(batch, processor, outputs, args))
-        write_complete_parts()
-        yield len(batch.rows) + len(batch.unreadable)
-    write_complete_parts()
+        num_bad += write_complete_parts()
+        yield len(batch.rows) + len(batch.unreadable) + num_bad
+    if num_bad := write_complete_parts():
+        yield num_bad
 
 
 def _count_workers(num_rows: int | None, device: torch.device) -> int:
@@ -376,12 +383,19 @@ class _Part:
         for index, problem, item_id in zip(part, problems, table["item_id"].to_pylist(), strict=True):
             if problem is not None:
                 self._skip(index, item_id, problem)
+        self.num_bad = len(self.skipped)
         num_tags = pc.list_value_length(table["tags"]).to_pylist()
         good = [index for index, problem in zip(part, problems, strict=True) if problem is None]
         good.sort(key=lambda index: num_tags[index - part.start])
         self.num_open = len(good)
         places = [index - rows.first_index for index in good]
-        self.batches = [places[start : start + args.batch_size] for start in range(0, len(good), args.batch_size)]
+        self.batches: list[list[int]] = []
+        for place, index in zip(places, good, strict=True):  # the longest list of a batch comes last
+            full = not self.batches or len(self.batches[-1]) == args.batch_size
+            slots = 0 if full else (len(self.batches[-1]) + 1) * num_tags[index - part.start]
+            if full or slots > MAX_TAGS_PER_IMAGE * args.batch_size:
+                self.batches.append([])
+            self.batches[-1].append(place)
 
     def add(self, batch: PredictedBatch, selected: dict[str, torch.Tensor] | None) -> None:
         """Keep the results of a batch, and what the metrics need of it, until the part is complete."""

@@ -71,6 +71,11 @@ def write_report(
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         title=prediction_file.name,
+        model_name=_name(args.model_name_or_path),
+        dataset_name=_name(args.dataset_name),
+        config_name=args.dataset_config_name,
+        # Of a table, `datasets` says "train" whatever its split is called.
+        split=args.split or ("test" if dataset.split == "test" else None),
         totals=totals,
         metrics_table=format_metrics({prediction_file.stem: metrics}) if "f1" in metrics else None,
         curve=totals.precision_recall() if totals.num_known else None,
@@ -227,6 +232,11 @@ def _make_card(prediction: dict, important: set[str], insight: _Insight, photogr
 def _encode_heat(attention: np.ndarray) -> str:
     """A byte for each region (R,), row by row, 255 for the one that was looked at most; the page paints them."""
     return base64.b64encode(np.round(255 * attention / attention.max()).astype(np.uint8).tobytes()).decode()
+
+
+def _name(name_or_path: str) -> str:
+    """A Hub id, or a folder's name without its path: whoever is given a report need not know where it was made."""
+    return Path(name_or_path).resolve().name if Path(name_or_path).exists() else name_or_path
 
 
 def _read_photographs(dataset: Dataset, shown: list[int]) -> Iterator[str | None]:

@@ -67,7 +67,8 @@ def create_app(handler: Callable[[dict], list[dict]]) -> FastAPI:
     Args:
         handler: Called from several threads at a time; raises `ValueError` for a bad request.
     """
-    app = FastAPI(title="MAGNeto")
+    # No schema, and with it no /docs: the one would say nothing, the other fetches its scripts from elsewhere.
+    app = FastAPI(openapi_url=None)
     places = asyncio.Semaphore(MAX_REQUESTS)
 
     @app.get("/health")

@@ -21,7 +21,7 @@ from modeling_magneto.loss_magneto import IGNORED_LABEL
 from .arguments import DataArguments, MagnetoTrainingArguments, UsageError, UserError
 from .augmentation import example_seed
 from .collation import TagCollator
-from .photographs import undecoded
+from .photographs import UNREADABLE, undecoded
 from .tag_data import (
     DataError,
     RowReport,
@@ -182,7 +182,7 @@ class StreamedDataset(torch.utils.data.Dataset):
     def leave_out(self, item_ids: list[str]) -> None:
         """Say, once for each, that photographs cannot be read; raises `DataError` where they may not be left out."""
         for item_id in item_ids:
-            message = f"{self.split.name}: item_id {item_id} has an unreadable photograph"
+            message = f"{self.split.name}: item_id {item_id} has {UNREADABLE}"
             if not self.split.skip_bad_rows:
                 raise DataError(f"{message}; --skip_bad_rows true leaves such rows out")
             if item_id not in self._left_out:

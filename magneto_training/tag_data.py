@@ -21,6 +21,7 @@ import numpy as np
 import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import (
     Dataset,
     DatasetDict,
@@ -51,7 +52,7 @@ COLUMNS = {
 }
 # `datasets` knows our functions by their names and would go on with what it has kept of other code: a change of how
 # cells are parsed or rows are checked, be it in photographs.py or in normalize_tag, makes it 2.
-FORMAT = 1
+FORMAT = 2
 ADJACENT_TEXTS = re.compile(r"""['"]\s+['"]""")  # numpy's ['sky' 'sea'], to Python the one text "skysea"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can spell and nothing can write again
 MAX_REPORTED_ITEMS = 5
@@ -133,6 +134,8 @@ def load_tag_dataset(
 def describe_cause(error: Exception) -> str:
     """An error of `datasets` in one line: "An error occurred" says nothing, what it came from does."""
     cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        return f"found other text than UTF-8 in a table ({cause})"
     return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
@@ -157,17 +160,22 @@ def _read_header(paths: list[Path]) -> list[str]:
     In all of them the first row is looked at: pandas takes surplus cells, as of tags without quotation marks, for an
     index, and moves the others to wrong columns. In later rows it calls them an error.
     """
-    headers = []
+    headers, num_rows = [], 0
     for path in paths:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
             headers.append(next(rows, []))
+            if len(headers[-1]) == 1 and ";" in headers[-1][0]:
+                raise DataError(f"{path}: found the columns {headers[-1][0]!r}, expected commas between them")
             row = next(filter(None, rows), [])
+            num_rows += bool(row)
             if len(row) > len(headers[-1]):
                 raise DataError(
                     f"{path}, line {rows.line_num}: found {len(row)} cells, expected {len(headers[-1])}; "
                     "a list of tags needs quotation marks"
                 )
+    if not num_rows:  # of which `datasets` says that an instruction corresponds to no data
+        raise DataError(f"{paths[0]}: found no rows, expected at least one")
     return headers[0]
 
 
@@ -193,8 +201,7 @@ def _find_tables(folder: Path) -> dict[tuple[str, Path], list[Path]]:
     """
     tables = sorted(path for path in map(Path, _files_below(folder)) if path.suffix.lower() in TABLE_BUILDERS)
     tables = [path for path in tables if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    # What predict.py writes is no table of rows.
-    tables = [path for path in tables if not (path.name.endswith(".metrics.json") or path.parent.suffix == ".parts")]
+    tables = [path for path in tables if not _is_prediction(path)]
     if any(map(_describes_image_folder, tables)):
         return {}
     kinds = sorted({TABLE_BUILDERS[path.suffix.lower()] for path in tables})
@@ -211,6 +218,16 @@ def _find_tables(folder: Path) -> dict[tuple[str, Path], list[Path]]:
             if (splits[path] or "train") == split:
                 found.setdefault((split, path.parent), []).append(path)
     return found
+
+
+def _is_prediction(path: Path) -> bool:
+    """Whether predict.py has written it, which may lie beside the rows."""
+    if path.name.endswith((".metrics.json", ".skipped.csv")) or path.parent.suffix == ".parts":
+        return True
+    try:
+        return path.suffix == ".parquet" and {"scores", "selected_tags"} <= set(pq.read_schema(path).names)
+    except pa.ArrowInvalid:  # damaged; whoever loads it will say so
+        return False
 
 
 def _files_below(folder: str | os.PathLike) -> Iterator[os.DirEntry]:
@@ -250,6 +267,11 @@ def _with_standard_columns(
     if not use_labels and "important_tags" in (dataset.column_names or []):
         dataset = dataset.remove_columns("important_tags")
     features = dict(dataset.features or {})
+    for name in ("tags", "important_tags", "image"):
+        # What `datasets` makes of a JSON column of several types: a cast would write tags as JSON spells them.
+        if isinstance(getattr(features.get(name), "feature", features.get(name)), datasets.Json):
+            expected = "photographs" if name == "image" else "lists of text"
+            raise DataError(f"{where}: column {name!r} holds {_first_odd_value(dataset, name)}, expected {expected}")
     changed = [name for name in COLUMNS if name in features and features[name] != COLUMNS[name]]
     # "sky, water" instead of a list, a path instead of a photograph
     texts = [name for name in changed if name != "item_id" and _is_text(features[name])]
@@ -279,6 +301,17 @@ def _with_standard_columns(
     if from_stranger and "image" in dataset.features:
         _check_named_photographs(dataset, where, folder)
     return dataset
+
+
+def _first_odd_value(dataset: Dataset | IterableDataset, name: str) -> str:
+    for index, row in enumerate(dataset.select_columns(name)):
+        value = row[name]
+        is_good = value is None or isinstance(value, (str, dict))
+        if name != "image":
+            is_good = value is None or (isinstance(value, list) and all(isinstance(tag, str) for tag in value))
+        if not is_good:
+            return f"{value!r} in row {index}"
+    return "values of several types"
 
 
 def _parse_column(
@@ -341,7 +374,8 @@ def _resolve_images(rows: dict, folder: str, state: str, version: int) -> dict:
 def _split_tags(text: str | None, column: str) -> list[str]:
     """`sky, sea`, `["sky", "sea"]` or `['sky', 'sea']`."""
     text = (text or "").strip()
-    if not text.startswith("["):
+    is_list = text.startswith(("['", '["')) or (text.startswith("[") and text.endswith("]"))  # no "[sic] sign"
+    if not is_list:
         return [tag.strip() for tag in text.split(",")] if text else []
     tags = _written_list(text)
     if not isinstance(tags, list) or not all(isinstance(tag, str) and not SURROGATE.search(tag) for tag in tags):

@@ -27,6 +27,7 @@ from .arguments import (
     UsageError,
     UserError,
 )
+from .checkpoints import lasting_arguments
 from .collation import AugmentedDataset
 from .evaluation import compute_detection_metrics, compute_metrics, output_names
 from .publish import files_to_publish, hub_errors, publish
@@ -40,8 +41,8 @@ TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
 
 
 class EpochCallback(TrainerCallback, ExportableState):
-    """Tells training rows which epoch begins, on which their random changes depend, and checks that a resumed run has
-    epochs of the same size.
+    """Tells training rows which epoch begins, on which their random changes depend, keeps in checkpoints how a run
+    began, and checks that a resumed one has epochs of the same size.
 
     The data loader tells them too, but not where it shares its batches with other processes, or skips some to resume.
     """
@@ -49,10 +50,12 @@ class EpochCallback(TrainerCallback, ExportableState):
     def __init__(self, dataset: AugmentedDataset | StreamedDataset):
         self.dataset = dataset
         self.epoch_size: dict[str, int] = {}
+        self.arguments: dict[str, str | bool | None] = {}
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         self.epoch_size = {"rows": len(self.dataset), "steps": steps}
+        self.arguments = lasting_arguments(args)
         # An older checkpoint has none, and Trainer would miss it in saving the next.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         for name, number in self.epoch_size.items():
@@ -64,7 +67,7 @@ class EpochCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """Kept in checkpoints."""
-        return {"args": {}, "attributes": self.epoch_size}
+        return {"args": {}, "attributes": self.epoch_size | self.arguments}
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(int(state.epoch))

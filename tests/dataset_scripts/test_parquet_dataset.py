@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import datasets
@@ -257,6 +258,77 @@ def test_the_card_tells_the_magnitude(tmp_path, run_script, num_rows, category):
     arguments = (tmp_path / "rows.csv", tmp_path, tmp_path / "out", "--no_images")
     assert run_script("prepare_table", *arguments).status == 0
     assert DatasetCard.load(tmp_path / "out/README.md").data.size_categories == [category]
+
+
+def test_the_card_of_a_single_image_speaks_of_one(tmp_path, run_script):
+    from huggingface_hub import DatasetCard
+
+    (tmp_path / "rows.csv").write_text("item_id,tags,important_tags,part\n1,sky,sky,train\n")
+    arguments = (tmp_path / "rows.csv", tmp_path, tmp_path / "out", "--no_images", "--split_column", "part")
+    assert run_script("prepare_table", *arguments).status == 0
+    text = DatasetCard.load(tmp_path / "out/README.md").text
+    assert (
+        "\n1 labelled image has 1 candidate tag, 1.00 each, out of a\nvocabulary of 1; 1 of them (100.0%) is" in text
+    )
+    assert "\nThe tags, by the number of images that they are a candidate for, and important in:" in text
+
+
+@pytest.fixture
+def draw(tmp_path, run_script, monkeypatch):
+    """Prepares a table of one row for each of some tags; returns the figures by file name, and what was printed."""
+    from matplotlib.figure import Figure
+
+    figures, savefig = {}, Figure.savefig
+
+    def keep(figure, path, **options):
+        figures[Path(path).name] = figure
+        savefig(figure, path, **options)
+
+    def draw(tags: list[str]) -> tuple[dict[str, Figure], str]:
+        rows = [{"item_id": str(i), "tags": [tag], "important_tags": [tag]} for i, tag in enumerate(tags)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        monkeypatch.setattr(Figure, "savefig", keep)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            outcome = run_script("prepare_table", tmp_path / "rows.jsonl", tmp_path, tmp_path / "out", "--no_images")
+        assert outcome.status == 0, outcome.err
+        assert "Warning" not in outcome.err
+        return figures, outcome.out
+
+    return draw
+
+
+def test_long_tags_leave_room_for_the_bars(draw):
+    long = ["a" * 30, "b" * 31, "c" * 100, "d" * 100 + "1", "d" * 100 + "2", "W" * 150]
+    figures, printed = draw([*long, *(f"tag {i}" for i in range(6))])
+    figure = figures["class_balance.png"]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = axes.get_yticklabels()
+    assert sorted(label.get_text() for label in labels)[:6] == [
+        *("W" * 29 + "…", "a" * 30, "b" * 29 + "…", "c" * 29 + "…", "d" * 29 + "…", "d" * 29 + "…"),
+    ]
+    assert len(axes.patches) == 2 * 12  # tags that are shortened to the same have bars of their own
+    assert all(label.get_window_extent().x0 >= 0 for label in labels)
+    assert axes.get_window_extent().width > 0.5 * figure.bbox.width
+    assert "its font lacks" not in printed
+
+
+@pytest.mark.parametrize("tags", [["a", "b", "c"], [f"tag {i}" for i in range(50)]])
+def test_the_legends_cover_no_bars(draw, tags):
+    figures, _ = draw(tags)
+    assert sorted(figures) == ["class_balance.png", "tags_per_image.png"]
+    for figure in figures.values():
+        figure.draw_without_rendering()
+        (axes,), (legend,) = figure.axes, figure.legends
+        assert [text.get_text().split()[0] for text in legend.get_texts()] == ["candidate", "important"]
+        assert legend.get_window_extent().y0 >= axes.get_window_extent().y1
+        assert axes.get_window_extent().height > 50
+
+
+def test_characters_that_the_font_lacks_are_one_line(draw):
+    _, printed = draw(["天空", "🐶 dog", "été", "sky"])
+    assert printed.count("class_balance.png: its font lacks some characters of the tags, which are boxes there\n") == 1
 
 
 def test_the_card_of_nus_wide_has_its_licence_source_and_citation(tmp_path, run_script, small_nus_wide):

@@ -8,19 +8,20 @@ import sys
 from pathlib import Path
 
 import gradio
+import httpx
 import numpy as np
 import pytest
-from gradio.data_classes import ImageData
 from huggingface_hub import SpaceCard
-from PIL import Image
+from PIL import Image, ImageOps
 from playwright.sync_api import Browser, Page, expect
-from small_endpoint import photograph, save_model
+from small_endpoint import as_bytes, bomb, photograph, save_model
 from transformers import pipeline
 
 HUB = Path(__file__).parents[2] / "hub"
 NASTY = '<img src=x onerror="alert(1)"> {{value}} ${alert(1)}'
 TAGS = f"red, Blue\ngreen; {NASTY}"
 NAMES = ["red", "blue", "green", NASTY]
+UNREADABLE = "The photograph cannot be read. Try a JPEG or PNG."
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,19 @@ def summarizers(tmp_path_factory):
         streams: pipeline("tag-summarization", model=path, trust_remote_code=True, device="cpu")
         for streams, path in folders.items()
     }
+
+
+@pytest.fixture(scope="module")
+def component(app, summarizers):
+    """Where the page takes its photograph."""
+    page = app.build(summarizers["both"], "tiny")
+    (component,) = [block for block in page.blocks.values() if block.elem_id == "photograph"]
+    return component
+
+
+def as_sent(file: Path) -> dict:
+    """An uploaded file, as the page sends it."""
+    return {"path": str(file), "orig_name": file.name, "meta": {"_type": "gradio.FileData"}}
 
 
 def test_the_page_ranks_as_the_pipeline_does(app, summarizers):
@@ -78,7 +92,7 @@ def test_the_heat_map_is_hot_where_the_model_looked(app):
 
 
 @pytest.mark.parametrize("mode", ["I;16", "P"])
-def test_photographs_of_other_modes_are_ranked_and_shown_as_they_look(app, summarizers, tmp_path, mode):
+def test_photographs_of_other_modes_are_ranked_and_shown_as_they_look(app, summarizers, component, tmp_path, mode):
     if mode == "P":
         dropped = photograph().convert("P", palette=Image.Palette.ADAPTIVE)
         looks = dropped.convert("RGB")
@@ -86,10 +100,8 @@ def test_photographs_of_other_modes_are_ranked_and_shown_as_they_look(app, summa
         looks = photograph().convert("L")
         dropped = Image.fromarray(np.asarray(looks).astype(np.uint16) * 257)
     dropped.save(tmp_path / "photo.png")
-    page = app.build(summarizers["both"], "tiny")
-    (component,) = [block for block in page.blocks.values() if block.elem_id == "photograph"]
 
-    arrived = component.preprocess(ImageData(path=str(tmp_path / "photo.png"), orig_name="photo.png"))
+    arrived = app.open_photograph(component, as_sent(tmp_path / "photo.png"))
     ranked = app.rank(summarizers["both"], arrived, TAGS, True, 0.5)
 
     assert arrived.mode == mode
@@ -98,6 +110,59 @@ def test_photographs_of_other_modes_are_ranked_and_shown_as_they_look(app, summa
     assert ranked["square"].tobytes() == expected["square"].tobytes()
     attention = ranked["result"][0]["attention"]
     assert np.asarray(app.heat_map(ranked["square"], attention)).std() > 10, "the photograph shows through"
+
+
+def test_a_photograph_is_turned_as_its_camera_was_held(app, summarizers, component, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the orientation: a quarter turn
+    photograph().save(tmp_path / "photo.png", exif=exif)
+
+    ranked = app.rank(
+        summarizers["both"], app.open_photograph(component, as_sent(tmp_path / "photo.png")), TAGS, True, 0.5
+    )
+
+    upright = photograph().transpose(Image.Transpose.ROTATE_270)
+    assert ranked["result"] == app.rank(summarizers["both"], upright, TAGS, True, 0.5)["result"]
+    assert ranked["square"].tobytes() == ImageOps.fit(upright, app.SHOWN_SIZE).tobytes()
+
+
+UNREADABLE_FILES = {
+    "photo.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "document.jpg": b"%PDF-1.4",
+    "short.jpg": as_bytes(photograph(), "JPEG")[:2000],
+    "drawing.svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>',
+    "address.jpg": b"https://127.0.0.1:1/photo.jpg",
+    "empty.jpg": b"",
+    "bomb.png": bomb(),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE_FILES)
+def test_an_unreadable_photograph_is_refused_in_words(app, component, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    (tmp_path / name).write_bytes(UNREADABLE_FILES[name])
+
+    with pytest.raises(gradio.Error) as raised:
+        app.open_photograph(component, as_sent(tmp_path / name))
+
+    assert raised.value.message == UNREADABLE
+    assert not raised.value.print_exception
+
+
+def test_a_missing_photograph_is_none(app, component):
+    assert app.open_photograph(component, None) is None
+
+
+@pytest.mark.parametrize(
+    "selection, expected",
+    [
+        ({"rule": "expected_f1"}, "the set of tags that should fit best"),
+        ({"rule": "threshold", "threshold": 0.3}, "a score of at least 0.30"),
+        ({"rule": "top_k", "top_k": 3}, "the 3 best"),
+    ],
+)
+def test_the_models_rule_is_put_in_words(app, selection, expected):
+    assert app.describe_rule(selection) == expected
 
 
 def test_the_gate_is_put_in_words(app):
@@ -290,6 +355,66 @@ def test_missing_input_gives_a_friendly_message_and_the_page_goes_on(visit, summ
     assert shown(page) == expected_of(summarizers["both"], photograph())
 
 
+@pytest.mark.parametrize("name", ["document.jpg", "short.jpg", "drawing.svg"])
+def test_an_unreadable_photograph_gives_a_reason_and_the_page_goes_on(visit, summarizers, tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(UNREADABLE_FILES[name])
+    page = visit()
+    page.locator("#photograph input[type=file]").set_input_files(tmp_path / name)
+    page.locator("#photograph img").wait_for(state="attached")
+    page.get_by_label("Tags").fill(TAGS)
+
+    page.get_by_role("button", name="Rank the tags").click()
+
+    page.get_by_text(UNREADABLE).wait_for()
+    assert capsys.readouterr() == ("", "")
+    page.get_by_label("Clear").click()
+    upload(page, tmp_path)
+    rank(page)
+    assert shown(page) == expected_of(summarizers["both"], photograph())
+
+
+def test_no_visitor_names_a_file_of_the_server(addresses, tmp_path):
+    address, own = f"{addresses['both'].rstrip('/')}/gradio_api", tmp_path / "private.png"
+    Image.new("RGB", (40, 40), "red").save(own)
+
+    def answer_to(path: str) -> str:
+        photograph = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        asked = httpx.post(f"{address}/call/submit", json={"data": [photograph, "red, blue", True, 0.5]})
+        return httpx.get(f"{address}/call/submit/{asked.json()['event_id']}").text
+
+    (uploaded,) = httpx.post(f"{address}/upload", files={"files": own.open("rb")}).json()
+    assert "event: complete" in answer_to(uploaded)
+    assert "event: error" in answer_to(str(own)) and "event: complete" not in answer_to(str(own))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_button_can_be_read(visit, theme):
+    page = visit()
+    page.goto(f"{page.url}?__theme={theme}")
+    button = page.get_by_role("button", name="Rank the tags")
+    button.wait_for()
+
+    colours = []
+    for pointed_at in (False, True):
+        if pointed_at:
+            button.hover()
+            page.wait_for_timeout(1000)  # until the colour has changed
+        style = button.evaluate("b => [getComputedStyle(b).color, getComputedStyle(b).backgroundColor]")
+        colours.append([tuple(map(int, re.findall(r"\d+", colour)[:3])) for colour in style])
+
+    assert colours[0] != colours[1]
+    assert all(contrast(*pair) >= 4.5 for pair in colours)
+
+
+def contrast(*colours: tuple[int, int, int]) -> float:
+    """Of two colours, as the Web Content Accessibility Guidelines define it: 1 to 21."""
+    luminances = []
+    for colour in colours:
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in (c / 255 for c in colour)]
+        luminances.append(float(np.dot(linear, [0.2126, 0.7152, 0.0722])))
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
+
+
 def test_a_tag_only_model_needs_no_photograph(visit, summarizers):
     page = visit("tag")
     assert page.locator("input[type=file]").count() == 0
@@ -300,3 +425,17 @@ def test_a_tag_only_model_needs_no_photograph(visit, summarizers):
     assert page.locator("#heat-map img").count() == 0
     page.locator("#ranking button").nth(1).click()
     assert page.locator("#ranking button[aria-pressed=true]").count() == 0
+
+
+def test_the_examples_of_a_tag_only_model_are_tags(visit, summarizers):
+    page = visit("tag")
+    example = page.get_by_text("sky, mountain, plane, sun, horses, house")
+    example.wait_for()
+    assert page.get_by_text("Photograph", exact=True).count() == 0
+
+    example.click()
+
+    page.locator("#ranking li").nth(5).wait_for()
+    tags = ["sky", "mountain", "plane", "sun", "horses", "house"]
+    result = summarizers["tag"](None, candidate_labels=tags)
+    assert [label for label, *_ in shown(page)] == [item["label"] for item in result]

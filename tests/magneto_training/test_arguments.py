@@ -254,6 +254,20 @@ def test_a_command_ends_with_one_line_and_a_status(capsys, error, status):
     assert captured.err == f"train.py: error: {error}\n" and captured.out == ""
 
 
+def test_a_message_is_not_cut_where_it_names_another_error(capsys):
+    with pytest.raises(SystemExit), user_errors_in_one_line("train.py"):
+        raise UserError("the dataset 'x' cannot be loaded: UserError: no columns")
+
+    assert capsys.readouterr().err == "train.py: error: the dataset 'x' cannot be loaded: UserError: no columns\n"
+
+
+def test_an_interrupted_command_says_so_in_one_line(capsys):
+    with pytest.raises(SystemExit) as caught, user_errors_in_one_line("train.py"):
+        raise KeyboardInterrupt
+
+    assert caught.value.code == 130 and capsys.readouterr().err == "train.py: interrupted\n"
+
+
 @pytest.mark.parametrize("error", [KeyError("oops"), RuntimeError("shape '[2]' is invalid"), NotImplementedError()])
 def test_our_own_mistakes_keep_their_traceback(error):
     with pytest.raises(type(error)), user_errors_in_one_line("train.py"):

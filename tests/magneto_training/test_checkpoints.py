@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import TrainerState
 
 from magneto_training.arguments import MagnetoTrainingArguments, UserError
-from magneto_training.checkpoints import check_checkpoint, find_checkpoint
+from magneto_training.checkpoints import check_checkpoint, find_checkpoint, lasting_arguments
 from modeling_magneto import (
     MagnetoConfig,
     MagnetoForOutlierDetection,
@@ -134,6 +134,25 @@ def test_where_all_checkpoints_are_damaged_no_run_starts_afresh(tmp_path):
 
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         find_checkpoint(training_args(tmp_path, "true"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "adamw_torch"}, "of a run with optim 'sgd', and this one has 'adamw_torch'"),
+        ({"lr_scheduler_type": "cosine"}, "of a run with lr_scheduler_type 'constant', and this one has 'cosine'"),
+        ({"metric_for_best_model": "precision"}, "with metric_for_best_model 'f1', and this one has 'precision'"),
+    ],
+)
+def test_a_run_goes_on_with_its_optimizer_its_schedule_and_its_metric(tmp_path, changes, message):
+    make_checkpoints(tmp_path, complete=[9])
+    kept = {"args": {}, "attributes": lasting_arguments(training_args(tmp_path))}
+    state = TrainerState(train_batch_size=32, stateful_callbacks={"EpochCallback": kept})
+    state.save_to_json(tmp_path / "checkpoint-9" / "trainer_state.json")
+
+    assert find_checkpoint(training_args(tmp_path, "true")) == str(tmp_path / "checkpoint-9")
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(training_args(tmp_path, "true", **changes))
 
 
 def test_a_run_goes_on_with_as_many_images_a_step(tmp_path):

@@ -71,6 +71,22 @@ def test_the_curves_are_written_as_a_picture_and_nothing_else(tmp_path):
         assert picture.format == "PNG" and min(picture.size) > 400
 
 
+def test_the_legends_cover_neither_curves_nor_labels():
+    figure = draw_training_curves(TRAINING + PRETRAINING)
+    figure.draw_without_rendering()
+
+    boxes = {axes.get_title(): axes.get_window_extent() for axes in figure.axes}
+    legends = [(axes, axes.get_legend().get_window_extent()) for axes in figure.axes if axes.get_legend()]
+    assert len(boxes) == 5 and len(legends) == 4
+    for axes, legend in legends:
+        assert not any(legend.overlaps(box) for box in boxes.values())
+        assert not any(
+            legend.overlaps(other.get_tightbbox(for_layout_only=True)) for other in figure.axes if other is not axes
+        )
+        assert not legend.overlaps(axes.xaxis.label.get_window_extent())
+        assert figure.bbox.containsx(legend.x0) and figure.bbox.containsx(legend.x1) and legend.y0 >= 0
+
+
 @pytest.mark.parametrize("history", [[], [{"epoch": 0, "train_runtime": 1.0, "step": 0}]])
 def test_a_run_without_figures_leaves_no_picture(tmp_path, history):
     write_training_curves(history, tmp_path / "training_curves.png")

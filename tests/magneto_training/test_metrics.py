@@ -213,6 +213,22 @@ def test_the_table_shows_keep_all_beside_every_f1():
     ]
 
 
+def test_the_table_has_a_dash_for_what_is_undefined():
+    undefined = dict.fromkeys(("precision", "precision_at_half", "reducible_f1", "keep_all_reducible_f1"), math.nan)
+
+    rows = table_rows(
+        format_metrics({"test": {**FIGURES, **AT_HALF, **undefined, "tag_f1": math.nan, "image_f1": 2.0}})
+    )
+
+    assert rows[1:] == [
+        ["test", "7", "–", "82.20", "83.30", "–"],
+        ["raw scores at 0.5", "–", "72.20", "80.00"],
+        ["tag stream", "–"],
+        ["image stream", "2.00"],
+        ["keep all", "61.10", "100.00", "63.30", "–"],
+    ]
+
+
 AT_HALF = {"precision_at_half": 91.1, "recall_at_half": 72.2, "f1_at_half": 80.0}
 
 
@@ -269,7 +285,7 @@ def test_the_table_of_metrics_files(tmp_path, monkeypatch, capsys):
 
     rows = table_rows(capsys.readouterr().out)
     assert [row[0] for row in rows[1:]] == ["one", "two", "keep all"]
-    assert rows[2] == ["two", "7", "nan", "82.20", "0.00", "73.30"]
+    assert rows[2] == ["two", "7", "–", "82.20", "0.00", "73.30"]
 
 
 def test_metrics_files_of_the_same_name_are_told_apart_by_their_paths(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,12 @@ from conftest import draw
 from huggingface_hub import ModelCard
 
 from magneto_training import model_card
-from magneto_training.arguments import DataArguments, MagnetoTrainingArguments, ModelArguments
+from magneto_training.arguments import (
+    DataArguments,
+    MagnetoTrainingArguments,
+    ModelArguments,
+    PretrainingDataArguments,
+)
 from magneto_training.export import export_onnx
 from magneto_training.model_card import name_model, write_model_card
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization, MagnetoProcessor
@@ -26,7 +31,13 @@ FIGURES = {
 @pytest.fixture
 def make_card(tmp_path):
     def make(
-        metrics=None, config=None, dataset_name="someone/photos", use_images=True, selection=None, **training
+        metrics=None,
+        config=None,
+        data_args=None,
+        dataset_name="someone/photos",
+        use_images=True,
+        selection=None,
+        **training,
     ) -> ModelCard:
         folder = tmp_path / "my-model"
         processor = MagnetoProcessor.from_vocabulary(["sea", "it's", 'a "b"', "sun", "wood"], use_images=use_images)
@@ -39,7 +50,7 @@ def make_card(tmp_path):
             config or MagnetoConfig(),
             processor,
             ModelArguments(),
-            DataArguments(dataset_name=str(dataset_name)),
+            data_args or DataArguments(dataset_name=str(dataset_name)),
             MagnetoTrainingArguments(output_dir=str(folder), **training),
         )
         return ModelCard.load(folder / "README.md")
@@ -86,10 +97,38 @@ def test_the_table_shows_the_runs_own_figures(make_card):
     assert len(rows) == 8
 
 
-def test_undefined_figures_are_left_out_of_the_metadata(make_card):
+def test_undefined_figures_are_left_out_of_the_metadata_and_a_dash_in_the_table(make_card):
     card = make_card({"test": {**FIGURES, "precision": math.nan}})
 
     assert {result.metric_type for result in card.data.eval_results} == {"f1", "recall"}
+    assert "| test | 13 | MAGNeto | – | 82.2 |" in card.text and "nan" not in card.text
+
+
+def test_splits_and_configuration_have_the_datasets_own_names(make_card):
+    names = {"dataset_config_name": "small", "validation_split": "dev", "test_split": "holdout"}
+
+    card = make_card(data_args=DataArguments(dataset_name="someone/photos", **names))
+
+    assert {result.dataset_split for result in card.data.eval_results} == {"dev", "holdout"}
+    assert {result.dataset_config for result in card.data.eval_results} == {"small"}
+    assert "On `someone/photos`, configuration `small`, in percent" in card.text
+    assert "| dev | 13 | MAGNeto |" in card.text and "| holdout | 13 | MAGNeto |" in card.text
+    assert "`validation`" not in card.text
+
+
+def test_the_card_of_pretraining_names_no_split(make_card):
+    data_args = PretrainingDataArguments(dataset_name="someone/photos", dataset_config_name="unlabeled")
+    figures = {"flag_all_f1": 66.6, "average_precision": 71.0, "tag_f1": 70.0, "tag_average_precision": 71.0}
+
+    card = make_card({"validation": figures}, data_args=data_args)
+
+    assert "into validation photographs of `someone/photos`, configuration `unlabeled`, in percent" in card.text
+    assert [result.dataset_split for result in card.data.eval_results] == [None]
+
+
+def test_an_optimizer_that_reads_no_arguments_has_none_in_the_card(make_card):
+    assert "- `optim_args`: momentum=0.9" in make_card().text
+    assert "optim_args" not in make_card(optim="adamw_torch").text
 
 
 def test_the_settings_are_the_runs_own(make_card):

@@ -73,7 +73,7 @@ BROKEN_AVIF = b"\0\0\0\x18ftypavif\0\0\0\0mif1avif"
 )
 def test_what_cannot_be_read_is_a_problem_at_any_scale(image, shortest_side):
     assert read_photograph(image, shortest_side) is None
-    assert find_photograph_problem(image) == "an unreadable photograph"
+    assert find_photograph_problem(image) == "a missing or unreadable photograph"
 
 
 def test_broken_exif_data_are_no_fault_of_the_pixels():
@@ -139,7 +139,7 @@ def test_grey_of_16_bits_keeps_its_range():
 def test_what_is_wrong_with_a_photograph_is_said(monkeypatch, tmp_path):
     good = as_file(Image.new("RGB", (20, 10)), "PNG")
     assert find_photograph_problem(good) is None
-    assert find_photograph_problem({"bytes": None, "path": str(tmp_path)}) == "an unreadable photograph"
+    assert find_photograph_problem({"bytes": None, "path": str(tmp_path)}) == "a missing or unreadable photograph"
 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # Pillow warns from here on, and refuses twice as many
     assert find_photograph_problem(good) is None

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import damage, make_rows
+from conftest import COLORS, damage, make_rows
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 from magneto_training import prediction, prediction_parts
 from magneto_training.arguments import PredictArguments, UsageError, UserError
@@ -125,6 +126,18 @@ def test_rows_of_a_batch_have_about_as_many_tags(predict, rows, watched_model):
     assert watched_model.lengths == sorted(len(row["tags"]) for row in rows)
 
 
+def test_an_endless_list_of_tags_makes_no_other_image_wait(predict, rows, monkeypatch, processor):
+    monkeypatch.setattr(prediction_parts, "MAX_TAGS_PER_IMAGE", 5)
+    rows[3]["tags"] = sorted(COLORS) + [f"unheard of {index}" for index in range(50)]
+    predict(rows, rows_per_part=100, batch_size=10)
+    reader = rows_for_model(predict.dataset, processor, predict.args)
+
+    part = prediction_parts._Part(reader, range(len(rows)), predict.args)
+
+    assert part.batches[-1] == [3] and sorted(sum(part.batches, [])) == list(range(len(rows)))
+    assert [len(batch) for batch in part.batches] == [10, 10, 1, 1]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_all_parts_of_a_stream_come_from_one_data_loader_and_are_the_very_same(
     predict, rows, monkeypatch, num_workers
@@ -196,7 +209,7 @@ def test_an_unreadable_photograph_stops_with_its_item_id(predict, rows, tmp_path
     rows[13] = break_photograph(rows[13])
 
     with pytest.raises(
-        DataError, match="row 13 .item_id im13. has an unreadable photograph; --skip_bad_rows"
+        DataError, match="row 13 .item_id im13. has a missing or unreadable photograph; --skip_bad_rows"
     ) as caught:
         predict(rows, **options)
 
@@ -214,8 +227,10 @@ def test_tags_that_the_model_does_not_know_are_counted(predict, processor, rows)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"streaming": True}], ids=str)
-def test_bad_rows_are_skipped_listed_and_counted(predict, processor, rows, tmp_path, options):
+def test_bad_rows_are_skipped_listed_and_counted(predict, processor, rows, tmp_path, monkeypatch, options):
     expected, _ = predict(rows, "all")
+    progress = []
+    monkeypatch.setattr(prediction_parts, "tqdm", lambda **settings: progress.append(tqdm(**settings)) or progress[-1])
     bad = list(rows)
     for index in (2, 12, 13, 14, 15, 16, 17):  # all of the third part
         bad[index] = break_photograph(bad[index])
@@ -223,6 +238,7 @@ def test_bad_rows_are_skipped_listed_and_counted(predict, processor, rows, tmp_p
     bad[21] = {**bad[21], "important_tags": ["purple"]}
 
     found, metrics = predict(bad, skip_bad_rows=True, **options)
+    assert progress[-1].n == NUM_ROWS
 
     gone = [2, 7, 12, 13, 14, 15, 16, 17, 21]
     assert_same(found, [row for index, row in enumerate(expected) if index not in gone])
@@ -230,7 +246,7 @@ def test_bad_rows_are_skipped_listed_and_counted(predict, processor, rows, tmp_p
     with (tmp_path / "out.skipped.csv").open(newline="") as file:
         listed = [tuple(row.values()) for row in csv.DictReader(file)]
     reasons = {7: "no tags", 21: "important_tags that are not among tags"}
-    assert listed == [(str(i), f"im{i}", reasons.get(i, "an unreadable photograph")) for i in gone]
+    assert listed == [(str(i), f"im{i}", reasons.get(i, "a missing or unreadable photograph")) for i in gone]
     assert describe_files(predict.args, processor).endswith(f"9 rows were left out: {tmp_path / 'out.skipped.csv'}")
 
     predict(rows)
@@ -437,7 +453,7 @@ def test_skipping_may_begin_later_but_not_end_unnoticed(predict, rows, watched_m
         predict(rows, model=watched_model, skip_bad_rows=True)
     rows[20] = make_rows(NUM_ROWS, seed=5)[20]
     watched_model.batches_left = 100
-    with pytest.raises(DataError, match="row 1 .item_id im1. has an unreadable photograph"):
+    with pytest.raises(DataError, match="row 1 .item_id im1. has a missing or unreadable photograph"):
         predict(rows, model=watched_model)
 
 

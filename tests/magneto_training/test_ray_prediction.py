@@ -66,7 +66,7 @@ def test_ray_makes_the_same_file_as_one_process_and_names_a_bad_row(tiny_model, 
     assert not parts_folder(with_ray.output_file).exists()
     assert failed.returncode == 1
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("predict.py: error: ")]
-    assert "row 7 (item_id im7) has an unreadable photograph" in line
+    assert "row 7 (item_id im7) has a missing or unreadable photograph" in line
 
 
 def test_more_workers_than_the_largest_machine_has_cores_for_are_refused_at_once(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import base64
 import io
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -80,7 +81,14 @@ def make_report(tmp_path, tiny_config):
     """Writes the page of given predictions; the model's own scores do not matter, gate and attention do."""
 
     def make(
-        predictions=PREDICTIONS, truth=TRUTH, metrics=METRICS, image=True, image_size=64, streams="both", **args
+        predictions=PREDICTIONS,
+        truth=TRUTH,
+        metrics=METRICS,
+        image=True,
+        image_size=64,
+        streams="both",
+        loaded_split=None,
+        **args,
     ) -> Page:
         torch.manual_seed(1)
         config = MagnetoConfig(**{**tiny_config.to_dict(), "streams": streams, "image_size": image_size})
@@ -97,8 +105,9 @@ def make_report(tmp_path, tiny_config):
             rows = [{**row, "image": photograph} for row in rows]
         if truth is not None:
             rows = [{**row, "important_tags": important} for row, important in zip(rows, truth, strict=True)]
-        make.dataset = Dataset.from_list(rows)
-        args = PredictArguments("model", "dataset", str(tmp_path / "out.parquet"), **args)
+        make.dataset = Dataset.from_list(rows, split=loaded_split)
+        names = {"model_name_or_path": "model", "dataset_name": "dataset"}
+        args = PredictArguments(output_file=str(tmp_path / "out.parquet"), **{**names, **args})
         report_file = write_report(make.model, make.processor, make.dataset, args, metrics)
         assert report_file == tmp_path / "report.html"
         return Page(report_file.read_text(encoding="utf-8"))
@@ -152,6 +161,77 @@ def test_the_totals_and_figures_stand_beside_keep_all(make_report):
     assert "images 3 with a mistake 1 33 % tags kept 3 of 5, 60 %" in page.words
 
 
+@pytest.mark.parametrize(
+    "loaded_split, args, expected",
+    [
+        (None, {}, "model model , dataset dataset images"),
+        ("train", {}, "model model , dataset dataset images"),  # so any table's split is called
+        ("test", {}, "model model , dataset dataset , split test"),
+        ("train", {"split": "held_out"}, "dataset dataset , split held_out"),
+        ("train", {"dataset_config_name": "small", "split": "train"}, ", configuration small , split train"),
+    ],
+)
+def test_the_model_and_the_dataset_are_named(make_report, loaded_split, args, expected):
+    page = make_report(loaded_split=loaded_split, **args)
+
+    assert expected in page.words
+
+
+def test_the_names_of_model_and_dataset_are_escaped(make_report):
+    page = make_report(model_name_or_path=f"a{NASTY}", dataset_name=f"b{NASTY}", split=f"c{NASTY}")
+
+    escaped = "&lt;/script&gt;&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;"
+    assert all(f"<b>{letter}{escaped}</b>" in page.text for letter in "abc")
+    assert page.text.count("</script>") == 1
+
+
+def test_what_is_undefined_is_a_dash(make_report):
+    undefined = dict.fromkeys(("precision", "reducible_f1", "keep_all_reducible_f1"), math.nan)
+    predictions = [{**row, "selected_tags": []} for row in PREDICTIONS]
+
+    page = make_report(predictions, metrics={**METRICS, **undefined})
+
+    assert "out 3 – 71.50 71.50 – keep all 64.25 64.25 64.25 –" in page.words
+    assert not re.search(r"\bnan\b", page.words)
+
+
+def test_a_single_image_is_called_one(make_report):
+    assert "1 of 1 image " in make_report(PREDICTIONS[:1], TRUTH[:1]).words
+    page = make_report(report_images=1)
+    assert "images 3 of which 1 is shown" in page.words and "1 of 1 image " in page.words
+
+
+def contrast(*colors: str) -> float:
+    """Of WCAG 2, between two colours of three or six hexadecimal digits."""
+    luminances = []
+    for color in colors:
+        digits = color if len(color) == 6 else "".join(2 * digit for digit in color)
+        shares = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+        linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+        luminances.append(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
+
+
+def test_all_text_stands_out_in_both_themes(make_report):
+    assert contrast("fff", "000") == pytest.approx(21)
+
+    found = re.findall(r"--(\w+): light-dark\(#(\w+), #(\w+)\)", make_report().text)
+
+    for theme in (1, 2):
+        colors = {row[0]: row[theme] for row in found}
+        for text in ("ink", "faint", "kept", "right", "wrong"):
+            for ground in ("bar", "card", "page"):
+                assert contrast(colors[text], colors[ground]) >= 4.5, (theme, text, ground)
+
+
+def test_a_mistake_is_shown_in_its_colour_and_not_named_by_it(make_report):
+    page = make_report()
+
+    assert "in this colour a mistake: kept, but not important" in page.words
+    legend = page.text[page.text.index('<ul class="legend">') : page.text.index("<form")]
+    assert not re.search(r"\b(red|orange)\b", legend)
+
+
 def test_the_curve_is_over_all_tags_and_marks_what_was_selected_and_keep_all(make_report):
     page = make_report()
 
@@ -161,7 +241,7 @@ def test_the_curve_is_over_all_tags_and_marks_what_was_selected_and_keep_all(mak
     curve = [((x - 44) / 3, 100 - (y - 14) / 180 * 50) for x, y in points]  # the vertical axis begins at 50
     expected = [(100, 60), (100, 75), (200 / 3, 200 / 3), (100 / 3, 50), (0, 0)]
     assert np.allclose(curve, expected, atol=0.1)
-    assert "selected: precision 66.7, recall 66.7" in page.words and "keep all: 60.0" in page.words
+    assert "selected: 66.7" in page.words and "keep all: 60.0" in page.words
 
 
 def test_images_without_ground_truth_are_not_judged(make_report):
@@ -304,3 +384,9 @@ def test_a_report_that_fails_leaves_the_old_page_and_nothing_else(make_report, t
 
     assert (tmp_path / "report.html").read_text() == "the one before"
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "out.parquet"}
+
+
+def test_a_local_folder_is_named_without_its_path(make_report, tmp_path):
+    page = make_report(dataset_name=str(tmp_path))
+
+    assert f"<b>{tmp_path.name}</b>" in page.text and str(tmp_path) not in page.text

@@ -38,25 +38,28 @@ def report_file(tmp_path_factory):
 
     @functools.cache
     def make(streams: str, truth: bool) -> Path:
-        folder = tmp_path_factory.mktemp("report")
-        sizes = {"vocab_size": 6, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-        config = MagnetoConfig(**sizes, backbone=TINY_BACKBONE, image_size=64, streams=streams)
-        processor = MagnetoProcessor.from_vocabulary(sorted(COLORS), 64, use_images=streams != "tag")
-        predictions = [
-            {"item_id": item, "tags": list(scores), "scores": list(scores.values()), "selected_tags": selected}
-            for item, scores, selected, _ in ITEMS
-        ]
-        pq.write_table(pa.Table.from_pylist(predictions, schema=SCHEMA), folder / "out.parquet")
-        image = Image.radial_gradient("L").convert("RGB")
-        rows = [
-            {"item_id": item, "image": image, "tags": list(scores)} | ({"important_tags": important} if truth else {})
-            for item, scores, _, important in ITEMS
-        ]
-        args = PredictArguments("model", "dataset", str(folder / "out.parquet"))
-        model = MagnetoForTagSummarization(config).eval()
-        return write_report(model, processor, Dataset.from_list(rows), args, METRICS if truth else {})
+        return write_page(tmp_path_factory.mktemp("report"), ITEMS, streams, truth)
 
     return make
+
+
+def write_page(folder: Path, items: list[tuple], streams: str = "both", truth: bool = True) -> Path:
+    sizes = {"vocab_size": 6, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = MagnetoConfig(**sizes, backbone=TINY_BACKBONE, image_size=64, streams=streams)
+    processor = MagnetoProcessor.from_vocabulary(sorted(COLORS), 64, use_images=streams != "tag")
+    predictions = [
+        {"item_id": item, "tags": list(scores), "scores": list(scores.values()), "selected_tags": selected}
+        for item, scores, selected, _ in items
+    ]
+    pq.write_table(pa.Table.from_pylist(predictions, schema=SCHEMA), folder / "out.parquet")
+    image = Image.radial_gradient("L").convert("RGB")
+    rows = [
+        {"item_id": item, "image": image, "tags": list(scores)} | ({"important_tags": important} if truth else {})
+        for item, scores, _, important in items
+    ]
+    args = PredictArguments("model", "dataset", str(folder / "out.parquet"))
+    model = MagnetoForTagSummarization(config).eval()
+    return write_report(model, processor, Dataset.from_list(rows), args, METRICS if truth else {})
 
 
 @pytest.fixture
@@ -98,6 +101,74 @@ def test_the_page_renders_cards_photographs_and_the_curve(open_report):
     assert widths == [256] * len(ITEMS)
     assert page.locator("svg polyline").bounding_box()["width"] > 100
     assert page.locator("output").text_content() == "5 of 5 images"
+
+
+def test_cards_are_moved_only_where_their_order_changes(open_report):
+    # To move thousands of them takes seconds.
+    page = open_report()
+    search, order = page.get_by_label("tag or item id"), page.get_by_label("order")
+    page.evaluate("""() => {
+        window.moved = 0;
+        new MutationObserver(records => { for (const record of records) moved += record.addedNodes.length; })
+            .observe(document.querySelector("main"), {childList: true});
+    }""")
+
+    def moved() -> int:
+        return page.evaluate("moved")
+
+    search.fill("blue")
+    assert shown(page) == ["right", "kept-wrong"] and moved() == 0
+
+    order.select_option("worst F1 first")
+    assert shown(page) == ["kept-wrong", "right"] and moved() == 5
+    search.fill("yellow")
+    assert shown(page) == ["both", "lost"] and moved() == 5
+
+    order.select_option("as in the dataset")
+    assert shown(page) == ["lost", "both"] and moved() == 10
+
+
+@pytest.mark.parametrize(
+    "selected, important, expected",
+    [
+        ([], ["blue"], ["keep all: 25.0"]),
+        (["red"], ["blue"], ["selected: 0.0", "keep all: 25.0"]),  # recall 0
+        (["blue"], ["blue", "green", "red", "yellow"], ["keep all: 100.0", "selected: 100.0"]),  # recall 25
+        (["blue", "red"], ["blue", "green"], ["keep all: 50.0", "selected: 50.0"]),  # recall 50
+        (["blue"], ["blue"], ["keep all: 25.0", "selected: 100.0"]),  # recall 100
+        (["blue", "green", "red", "yellow"], ["blue"], ["keep all: 25.0", "selected: 25.0"]),  # one point for both
+        (
+            ["blue", "green", "red", "yellow"],
+            ["blue", "green", "red", "yellow"],
+            ["keep all: 100.0", "selected: 100.0"],
+        ),
+    ],
+)
+def test_the_labels_of_the_curve_are_whole_and_apart(browser, tmp_path, selected, important, expected):
+    scores = {"blue": 0.9, "green": 0.7, "red": 0.5, "yellow": 0.3}
+    page = browser.new_page()
+    page.goto(write_page(tmp_path, [("a", scores, selected, important)], "tag").as_uri())
+
+    texts = page.locator("svg text").evaluate_all(
+        "texts => texts.map(text => [text.textContent, text.classList.contains('label'), text.getBBox()])"
+        ".map(([words, label, {x, y, width, height}]) => [words, label, x, y, x + width, y + height])"
+    )
+    page.close()
+
+    assert sorted(words for words, label, *_ in texts if label) == sorted(expected)
+    for index, (_, label, left, top, right, bottom) in enumerate(texts):
+        if label:
+            assert left >= 0 and top >= 0 and right <= 370 and bottom <= 232
+            for _, _, *other in texts[:index]:
+                apart = right < other[0] or other[2] < left or bottom - 2 < other[1] or other[3] - 2 < top
+                assert apart, texts
+
+
+def test_cards_out_of_sight_are_not_laid_out(open_report):
+    cards = open_report().locator(".card")
+
+    styles = cards.evaluate_all("cards => cards.map(card => getComputedStyle(card).contentVisibility)")
+    assert styles == ["auto"] * len(ITEMS)
 
 
 @pytest.mark.parametrize(

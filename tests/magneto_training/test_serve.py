@@ -142,7 +142,7 @@ BAD_REQUESTS = {
     "no text": (b"\xff\xfe", "application/json", "", 400, "the body is no JSON"),
     "empty": (b"", "application/json", "", 400, "the body is no JSON"),
     "a list": (b"[1]", "application/json", "", 400, "the request is of type list"),
-    "no labels": (as_request(), "application/json", "", 400, "candidate_labels"),
+    "no labels": (as_request(), "application/json", "", 400, "candidate_labels is missing"),
     "10,000 labels": (as_request(candidate_labels=["a"] * 10_000), "application/json", "", 400, "at most 500"),
     "no photograph": (
         as_request("bm90aGluZw==", candidate_labels=["a"]),
@@ -169,7 +169,7 @@ BAD_REQUESTS = {
     ),
     "a large file": (bytes(20_000_001), "image/jpeg", "?candidate_labels=a", 400, "20000001 bytes, expected at most"),
     "no bytes": (b"", "image/jpeg", "?candidate_labels=a", 400, "no photograph"),
-    "image without labels": (as_bytes(photograph()), "image/png", "", 400, "candidate_labels"),
+    "image without labels": (as_bytes(photograph()), "image/png", "", 400, "candidate_labels is missing"),
     "twice": (
         as_bytes(photograph()),
         "image/png",
@@ -223,6 +223,11 @@ def test_health_and_wrong_addresses(port):
     assert found["GET", "/health"] == (200, {"status": "ok"})
     assert found["GET", "/nowhere"] == (404, {"error": "Not Found"})
     assert found["PUT", "/"] == (405, {"error": "Method Not Allowed"})
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
+def test_there_are_no_pages_that_fetch_from_elsewhere(port, path):
+    assert get(port, path) == (404, {"error": "Not Found"})
 
 
 def test_our_own_failure_is_500_without_details():

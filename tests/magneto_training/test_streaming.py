@@ -271,7 +271,8 @@ def test_an_unreadable_photograph_ends_training_with_its_id(make_trainer, folder
     spoil_photographs(folder, {"im7"})
     trainer = make_trainer(num_train_epochs=1, per_device_train_batch_size=8, dataloader_num_workers=1)
 
-    message = f"{folder}, train: item_id im7 has an unreadable photograph; --skip_bad_rows true leaves such rows out"
+    problem = "item_id im7 has a missing or unreadable photograph"
+    message = f"{folder}, train: {problem}; --skip_bad_rows true leaves such rows out"
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         trainer.train()
 

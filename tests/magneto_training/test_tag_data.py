@@ -207,6 +207,55 @@ def test_a_whole_word_of_the_name_says_the_split(tmp_path, name, split):
     assert list(load_tag_dataset(str(tmp_path))) == [split]
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tags": [2020, "red"]}, r"train: column 'tags' holds \[2020, 'red'\] in row 1, expected lists of text"),
+        ({"tags": "red"}, r"column 'tags' holds 'red' in row 1, expected lists of text"),
+        ({"important_tags": [["sea"]]}, r"column 'important_tags' holds \[\['sea'\]\] in row 1"),
+        ({"image": 5}, r"column 'image' holds 5 in row 1, expected photographs"),
+    ],
+)
+def test_one_value_of_another_type_does_not_spoil_a_json_column(tmp_path, change, message):
+    write_photographs(tmp_path, a="red")
+    row = {"item_id": "1", "image": "a.png", "tags": ["sea", "sun"], "important_tags": ["sea"]}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, row | change, row)))
+
+    with pytest.raises(DataError, match=message):
+        load_tag_dataset(str(tmp_path))
+
+
+def test_what_predict_has_written_is_no_table_of_rows(tmp_path):
+    write_csv(tmp_path / "photos.csv", [{"item_id": "1", "tags": "sea, sun"}])
+    written = {"item_id": ["1"], "tags": [["sea"]], "scores": [[0.5]], "selected_tags": [["sea"]]}
+    datasets.Dataset.from_dict(written).to_parquet(tmp_path / "chosen.parquet")
+    (tmp_path / "chosen.skipped.csv").write_text("index,item_id,reason\n")
+    (tmp_path / "chosen.metrics.json").write_text("{}")
+
+    assert load_tag_dataset(str(tmp_path))["train"]["tags"][:] == [["sea", "sun"]]
+
+
+def test_a_tag_may_begin_with_a_bracket(tmp_path):
+    write_csv(tmp_path / "photos.csv", [{"item_id": "1", "tags": "[sic] sign, red"}])
+
+    assert load_tag_dataset(str(tmp_path))["train"]["tags"][:] == [["[sic] sign", "red"]]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"item_id,tags\n", r"train.csv: found no rows, expected at least one"),
+        (b"item_id;tags\n1;cow, sky\n", r"train.csv: found the columns 'item_id;tags', expected commas between them"),
+        ("item_id,tags\n1,K\u00fcche\n".encode("cp1252"), "found other text than UTF-8 in a table"),
+    ],
+)
+def test_a_csv_of_another_kind_is_an_error_that_says_so(tmp_path, content, message):
+    (tmp_path / "train.csv").write_bytes(content)
+
+    with pytest.raises(DataError, match=message):
+        load_tag_dataset(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["holdout.csv", "validate.csv", "unlabeled/rows.csv"])
 def test_a_table_of_no_split_beside_those_of_splits_is_an_error(tmp_path, name):
     for path in ("train.csv", "validation.csv", name):
@@ -310,7 +359,7 @@ def test_a_photograph_missing_from_the_folder_is_not_sought_elsewhere(tmp_path, 
     split = load_tag_dataset(str(tmp_path / "photos"))["train"]
 
     report = check_rows(split, "photos, train", use_images=True, use_labels=False)
-    assert report.problems == {"an unreadable photograph": ["1"]}
+    assert report.problems == {"a missing or unreadable photograph": ["1"]}
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/{absolute}", "link/secret.png"])
@@ -411,10 +460,10 @@ def test_a_column_of_a_wrong_type_is_named(tmp_path):
 
 
 BAD_ROWS = [
-    ({"image": None}, "an unreadable photograph"),
-    ({"image": {"bytes": b"no photograph", "path": None}}, "an unreadable photograph"),
-    ({"image": {"bytes": photograph()[:-30], "path": None}}, "an unreadable photograph"),
-    ({"image": {"bytes": None, "path": "nowhere.png"}}, "an unreadable photograph"),
+    ({"image": None}, "a missing or unreadable photograph"),
+    ({"image": {"bytes": b"no photograph", "path": None}}, "a missing or unreadable photograph"),
+    ({"image": {"bytes": photograph()[:-30], "path": None}}, "a missing or unreadable photograph"),
+    ({"image": {"bytes": None, "path": "nowhere.png"}}, "a missing or unreadable photograph"),
     (
         {"image": {"bytes": photograph(size=(510, 10)), "path": None}},
         "a photograph more than 50 times as long as it is wide",
@@ -476,7 +525,7 @@ def test_bad_rows_stop_with_counts_and_the_first_item_ids():
 
     assert str(caught.value) == (
         "photos, train: 8 of 10 rows are bad: 7 with no tags (item_id im0, im1, im2, im3, im4, ...); "
-        "1 with an unreadable photograph (item_id im8); --skip_bad_rows true leaves them out"
+        "1 with a missing or unreadable photograph (item_id im8); --skip_bad_rows true leaves them out"
     )
 
 
@@ -496,7 +545,7 @@ def test_an_image_cell_with_nothing_in_it_is_a_bad_row_as_any_other(tmp_path, ca
     rows[1]["image"] = {"bytes": None, "path": None}  # `datasets` writes no such cell, other programs do
     pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "train.parquet")
     split = load_tag_dataset(str(tmp_path))["train"]
-    report = "photos, train: 1 of 2 rows are bad: 1 with an unreadable photograph (item_id im1); "
+    report = "photos, train: 1 of 2 rows are bad: 1 with a missing or unreadable photograph (item_id im1); "
 
     with pytest.raises(DataError) as caught:
         checked_split(split, "photos, train", True, True, skip_bad_rows=False)
@@ -546,11 +595,11 @@ def test_a_mended_photograph_is_seen_by_the_next_run(tmp_path):
     def bad_rows():
         return check_rows(load_tag_dataset(str(folder))["train"], "photos, train", True, True).problems
 
-    assert bad_rows() == {"an unreadable photograph": ["1"]}
+    assert bad_rows() == {"a missing or unreadable photograph": ["1"]}
     write_photographs(folder, a="red")
     assert bad_rows() == {}
     (folder / "a.png").write_bytes(b"no photograph")
-    assert bad_rows() == {"an unreadable photograph": ["1"]}
+    assert bad_rows() == {"a missing or unreadable photograph": ["1"]}
 
 
 def test_what_another_code_has_parsed_and_checked_is_not_used(tmp_path, monkeypatch):
@@ -602,7 +651,7 @@ def test_the_files_of_a_folder_are_looked_at_once_for_all_splits(tmp_path, monke
 
 
 def test_pretraining_does_not_read_the_ground_truth(tmp_path):
-    rows = [{"item_id": index, "tags": "x, y", "important_tags": "[x"} for index in range(3)]
+    rows = [{"item_id": index, "tags": "x, y", "important_tags": "[x]"} for index in range(3)]
     write_csv(tmp_path / "train.csv", rows)
 
     splits = load_pretraining_splits(PretrainingDataArguments(dataset_name=str(tmp_path)), use_images=False)
