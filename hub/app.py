@@ -207,6 +207,8 @@ def build(summarizer: Pipeline, name: str) -> gr.Blocks:
     use_images = summarizer.processor.use_images
 
     def read_and_rank(file, text, own_rule, threshold):
+        if not isinstance(text or "", str) or not isinstance(threshold, (int, float)):
+            raise gr.Error("The tags are a text, and the threshold is a number.", print_exception=False)
         return rank(summarizer, open_photograph(photograph, file), text, own_rule, threshold)
 
     def submit(photograph, text, own_rule, threshold):

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -539,7 +540,7 @@ def user_errors_in_one_line(command: str):
             raise
         reason = str(error) or type(error).__name__
         if "Traceback (most recent call last)" in reason:  # of a data loader's worker; what we have to say is the end
-            reason = reason.rpartition(f"{type(error).__name__}: ")[2]
+            reason = re.split(rf"(?m)^(?:[\w.]+\.)?{type(error).__name__}: ", reason)[-1]
         if unwritten:
             reason = f"a file cannot be written, the disk may be full: {reason}"
         print(f"{command}: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)

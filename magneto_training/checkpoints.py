@@ -22,7 +22,11 @@ LASTING_ARGUMENTS = ("optim", "lr_scheduler_type", "metric_for_best_model", "gre
 
 def lasting_arguments(args: MagnetoTrainingArguments) -> dict[str, str | bool | None]:
     """What checkpoints keep, for `find_checkpoint`, of how the run began."""
-    return {name: getattr(value := getattr(args, name), "value", value) for name in LASTING_ARGUMENTS}
+    lasting = {name: getattr(value := getattr(args, name), "value", value) for name in LASTING_ARGUMENTS}
+    lasting["optim"] = lasting["optim"].removesuffix("_fused")  # the same, in another way
+    if lasting["metric_for_best_model"] is not None:
+        lasting["metric_for_best_model"] = lasting["metric_for_best_model"].removeprefix("eval_")
+    return lasting
 
 
 def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
@@ -113,7 +117,7 @@ def _check_goes_on(checkpoint: Path, args: MagnetoTrainingArguments) -> None:
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     saved = state["stateful_callbacks"].get(STATE_NAME, {}).get("attributes", {})
     for name, value in lasting_arguments(args).items():
-        if saved.get(name, value) != value:  # an older checkpoint does not say
+        if value is not None and saved.get(name, value) != value:  # an older checkpoint does not say
             raise UserError(f"{checkpoint} is of a run with {name} {saved[name]!r}, and this one has {value!r}")
     size = state["train_batch_size"]
     if size != args.train_batch_size and not args.auto_find_batch_size:

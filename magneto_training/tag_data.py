@@ -53,6 +53,7 @@ COLUMNS = {
 # `datasets` knows our functions by their names and would go on with what it has kept of other code: a change of how
 # cells are parsed or rows are checked, be it in photographs.py or in normalize_tag, makes it 2.
 FORMAT = 2
+PREDICTION_COLUMNS = ["item_id", "tags", "scores", "selected_tags"]  # of what predict.py writes
 ADJACENT_TEXTS = re.compile(r"""['"]\s+['"]""")  # numpy's ['sky' 'sea'], to Python the one text "skysea"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can spell and nothing can write again
 MAX_REPORTED_ITEMS = 5
@@ -225,8 +226,8 @@ def _is_prediction(path: Path) -> bool:
     if path.name.endswith((".metrics.json", ".skipped.csv")) or path.parent.suffix == ".parts":
         return True
     try:
-        return path.suffix == ".parquet" and {"scores", "selected_tags"} <= set(pq.read_schema(path).names)
-    except pa.ArrowInvalid:  # damaged; whoever loads it will say so
+        return path.suffix.lower() == ".parquet" and pq.read_schema(path).names == PREDICTION_COLUMNS
+    except (pa.ArrowInvalid, OSError):  # damaged; whoever loads it will say so
         return False
 
 
@@ -267,10 +268,10 @@ def _with_standard_columns(
     if not use_labels and "important_tags" in (dataset.column_names or []):
         dataset = dataset.remove_columns("important_tags")
     features = dict(dataset.features or {})
-    for name in ("tags", "important_tags", "image"):
-        # What `datasets` makes of a JSON column of several types: a cast would write tags as JSON spells them.
-        if isinstance(getattr(features.get(name), "feature", features.get(name)), datasets.Json):
-            expected = "photographs" if name == "image" else "lists of text"
+    for name in COLUMNS.keys() & features.keys():
+        # What `datasets` makes of a JSON column of several types: a cast would write texts as JSON spells them.
+        if isinstance(getattr(features[name], "feature", features[name]), datasets.Json):
+            expected = {"item_id": "text alone", "image": "photographs"}.get(name, "lists of text")
             raise DataError(f"{where}: column {name!r} holds {_first_odd_value(dataset, name)}, expected {expected}")
     changed = [name for name in COLUMNS if name in features and features[name] != COLUMNS[name]]
     # "sky, water" instead of a list, a path instead of a photograph
@@ -306,11 +307,12 @@ def _with_standard_columns(
 def _first_odd_value(dataset: Dataset | IterableDataset, name: str) -> str:
     for index, row in enumerate(dataset.select_columns(name)):
         value = row[name]
-        is_good = value is None or isinstance(value, (str, dict))
-        if name != "image":
-            is_good = value is None or (isinstance(value, list) and all(isinstance(tag, str) for tag in value))
-        if not is_good:
-            return f"{value!r} in row {index}"
+        if name in ("item_id", "image"):
+            is_good = isinstance(value, (str, dict))
+        else:
+            is_good = isinstance(value, list) and all(isinstance(tag, str) for tag in value)
+        if value is not None and not is_good:
+            return f"{repr(value)[:80]} in row {index}"
     return "values of several types"
 
 
@@ -374,8 +376,8 @@ def _resolve_images(rows: dict, folder: str, state: str, version: int) -> dict:
 def _split_tags(text: str | None, column: str) -> list[str]:
     """`sky, sea`, `["sky", "sea"]` or `['sky', 'sea']`."""
     text = (text or "").strip()
-    is_list = text.startswith(("['", '["')) or (text.startswith("[") and text.endswith("]"))  # no "[sic] sign"
-    if not is_list:
+    # A list may be cut short. "[sic] sign, red" is none: its bracket is closed within a tag.
+    if not text.startswith("[") or ("]" in text.partition(",")[0] and not text.endswith("]")):
         return [tag.strip() for tag in text.split(",")] if text else []
     tags = _written_list(text)
     if not isinstance(tags, list) or not all(isinstance(tag, str) and not SURROGATE.search(tag) for tag in tags):

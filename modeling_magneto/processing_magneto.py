@@ -122,12 +122,14 @@ def _read_text(text: str, timeout: float | None) -> bytes:
     """The file that an address leads to, or that base64 text or a data URL holds."""
     if text.startswith(("http://", "https://")):
         return httpx.get(text, timeout=timeout, follow_redirects=True).raise_for_status().content
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
+    is_url = text.startswith("data:")
+    content = text.partition(",")[2] if is_url else text
     try:
-        return base64.b64decode("".join(text.split()), validate=True)  # many an encoder breaks lines
-    except binascii.Error:  # of what is most likely the path of a file
-        raise FileNotFoundError(text) from None
+        return base64.b64decode("".join(content.split()), validate=True)  # many an encoder breaks lines
+    except binascii.Error:
+        if is_url:
+            raise ValueError("no base64 text") from None
+        raise FileNotFoundError(text) from None  # what it is most likely meant to be
 
 
 class MagnetoProcessor(ProcessorMixin):
@@ -197,10 +199,10 @@ class MagnetoProcessor(ProcessorMixin):
         )
         return cls(image_processor, tokenizer, max_tags=max_tags, use_images=use_images)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As every processor's; raises `ValueError` where `selection` has become none that could be loaded again."""
         SelectionRule.from_dict(self.selection)
-        return super().save_pretrained(save_directory, **kwargs)
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
     def vocabulary(self) -> list[str]:

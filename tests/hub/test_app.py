@@ -373,17 +373,19 @@ def test_an_unreadable_photograph_gives_a_reason_and_the_page_goes_on(visit, sum
     assert shown(page) == expected_of(summarizers["both"], photograph())
 
 
-def test_no_visitor_names_a_file_of_the_server(addresses, tmp_path):
+def test_no_visitor_names_a_file_of_the_server_or_sends_odd_values(addresses, tmp_path):
     address, own = f"{addresses['both'].rstrip('/')}/gradio_api", tmp_path / "private.png"
     Image.new("RGB", (40, 40), "red").save(own)
 
-    def answer_to(path: str) -> str:
+    def answer_to(path: str, text="red, blue", threshold=0.5) -> str:
         photograph = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        asked = httpx.post(f"{address}/call/submit", json={"data": [photograph, "red, blue", True, 0.5]})
+        asked = httpx.post(f"{address}/call/submit", json={"data": [photograph, text, False, threshold]})
         return httpx.get(f"{address}/call/submit/{asked.json()['event_id']}").text
 
     (uploaded,) = httpx.post(f"{address}/upload", files={"files": own.open("rb")}).json()
     assert "event: complete" in answer_to(uploaded)
+    for wrong in ({"text": 5}, {"text": ["red"]}, {"threshold": None}):
+        assert "The tags are a text, and the threshold is a number." in answer_to(uploaded, **wrong)
     assert "event: error" in answer_to(str(own)) and "event: complete" not in answer_to(str(own))
 
 

@@ -261,6 +261,17 @@ def test_a_message_is_not_cut_where_it_names_another_error(capsys):
     assert capsys.readouterr().err == "train.py: error: the dataset 'x' cannot be loaded: UserError: no columns\n"
 
 
+def test_a_workers_message_is_not_cut_where_it_names_another_error(capsys):
+    worker = (
+        "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1\nmagneto_training.arguments.UserError: found item_id UserError: 1\n'
+    )
+    with pytest.raises(SystemExit), user_errors_in_one_line("train.py"):
+        raise UserError(worker)
+
+    assert capsys.readouterr().err == "train.py: error: found item_id UserError: 1\n"
+
+
 def test_an_interrupted_command_says_so_in_one_line(capsys):
     with pytest.raises(SystemExit) as caught, user_errors_in_one_line("train.py"):
         raise KeyboardInterrupt

@@ -150,7 +150,8 @@ def test_a_run_goes_on_with_its_optimizer_its_schedule_and_its_metric(tmp_path, 
     state = TrainerState(train_batch_size=32, stateful_callbacks={"EpochCallback": kept})
     state.save_to_json(tmp_path / "checkpoint-9" / "trainer_state.json")
 
-    assert find_checkpoint(training_args(tmp_path, "true")) == str(tmp_path / "checkpoint-9")
+    for same in ({}, {"metric_for_best_model": "eval_f1"}):
+        assert find_checkpoint(training_args(tmp_path, "true", **same)) == str(tmp_path / "checkpoint-9")
     with pytest.raises(UserError, match=message):
         find_checkpoint(training_args(tmp_path, "true", **changes))
 

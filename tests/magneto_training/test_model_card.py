@@ -122,7 +122,7 @@ def test_the_card_of_pretraining_names_no_split(make_card):
 
     card = make_card({"validation": figures}, data_args=data_args)
 
-    assert "into validation photographs of `someone/photos`, configuration `unlabeled`, in percent" in card.text
+    assert "validation images of `someone/photos`, configuration `unlabeled`, in percent" in card.text
     assert [result.dataset_split for result in card.data.eval_results] == [None]
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from magneto_training import tag_data
 from magneto_training.arguments import DataArguments, PretrainingDataArguments
+from magneto_training.prediction_parts import SCHEMA
 from magneto_training.tag_data import (
     DataError,
     build_vocabulary,
@@ -162,7 +163,19 @@ def test_cells_of_a_csv_are_read_as_they_are_written(tmp_path):
     assert {problem: len(items) for problem, items in report.problems.items()} == {"no item_id": 1}
 
 
-@pytest.mark.parametrize("cell", ['["red", sea', "['red' 'sea']", "['red'\n 'sea']", '["red", "\\ud83d"]', "[1, 2]"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        '["red", sea',
+        "[ 'red', 'sea'",
+        "[red, sea",
+        "[1, 2",
+        "['red' 'sea']",
+        "['red'\n 'sea']",
+        '["red", "\\ud83d"]',
+        "[1, 2]",
+    ],
+)
 def test_a_cell_that_only_looks_like_a_list_is_an_error(tmp_path, cell):
     write_csv(tmp_path / "train.csv", [{"item_id": "1", "tags": cell}])
     with pytest.raises(DataError, match="tags holds .* expected a list of texts"):
@@ -214,11 +227,12 @@ def test_a_whole_word_of_the_name_says_the_split(tmp_path, name, split):
         ({"tags": "red"}, r"column 'tags' holds 'red' in row 1, expected lists of text"),
         ({"important_tags": [["sea"]]}, r"column 'important_tags' holds \[\['sea'\]\] in row 1"),
         ({"image": 5}, r"column 'image' holds 5 in row 1, expected photographs"),
+        ({"item_id": 5}, r"column 'item_id' holds 5 in row 1, expected text alone"),
     ],
 )
 def test_one_value_of_another_type_does_not_spoil_a_json_column(tmp_path, change, message):
     write_photographs(tmp_path, a="red")
-    row = {"item_id": "1", "image": "a.png", "tags": ["sea", "sun"], "important_tags": ["sea"]}
+    row = {"item_id": "x", "image": "a.png", "tags": ["sea", "sun"], "important_tags": ["sea"]}
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, row | change, row)))
 
     with pytest.raises(DataError, match=message):
@@ -227,12 +241,18 @@ def test_one_value_of_another_type_does_not_spoil_a_json_column(tmp_path, change
 
 def test_what_predict_has_written_is_no_table_of_rows(tmp_path):
     write_csv(tmp_path / "photos.csv", [{"item_id": "1", "tags": "sea, sun"}])
-    written = {"item_id": ["1"], "tags": [["sea"]], "scores": [[0.5]], "selected_tags": [["sea"]]}
-    datasets.Dataset.from_dict(written).to_parquet(tmp_path / "chosen.parquet")
+    pq.write_table(SCHEMA.empty_table(), tmp_path / "chosen.parquet")
     (tmp_path / "chosen.skipped.csv").write_text("index,item_id,reason\n")
     (tmp_path / "chosen.metrics.json").write_text("{}")
 
     assert load_tag_dataset(str(tmp_path))["train"]["tags"][:] == [["sea", "sun"]]
+
+
+def test_rows_may_have_scores(tmp_path):
+    rows = {"item_id": ["1"], "tags": [["sea"]], "important_tags": [["sea"]], "scores": [[0.5]], "selected_tags": [[]]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+
+    assert load_tag_dataset(str(tmp_path))["train"]["tags"][:] == [["sea"]]
 
 
 def test_a_tag_may_begin_with_a_bracket(tmp_path):
