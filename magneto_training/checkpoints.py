@@ -16,8 +16,8 @@ from .arguments import MagnetoTrainingArguments, UserError
 
 # A run goes on with these as it began: the optimizer's and the schedule's state fit no other, and what is best so far
 # was found by one metric.
-STATE_NAME = "EpochCallback"  # under which a checkpoint keeps them
 LASTING_ARGUMENTS = ("optim", "lr_scheduler_type", "metric_for_best_model", "greater_is_better")
+STATE_NAME = "EpochCallback"  # trainer.py's, under whose name a checkpoint keeps them
 
 
 def lasting_arguments(args: MagnetoTrainingArguments) -> dict[str, str | bool | None]:

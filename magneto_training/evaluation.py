@@ -238,12 +238,12 @@ def format_metrics(metrics: dict[str, dict[str, float]]) -> str:
         keep_all = _percentages(figures, "keep_all_")
         rows.append((name, f"{figures['num_images']}", *_percentages(figures, "")))
         if "f1_at_half" in figures:
-            at_half = [_percent(figures[f"{figure}_at_half"]) for figure in ("precision", "recall", "f1")]
+            at_half = [format_percent(figures[f"{figure}_at_half"]) for figure in ("precision", "recall", "f1")]
             if at_half != _percentages(figures, "")[:3]:  # another rule is in force
                 rows.append(("  raw scores at 0.5", "", *at_half, ""))
         if "tag_f1" in figures and "image_f1" in figures:
             rows += [
-                (f"  {stream} stream", "", "", "", _percent(figures[f"{stream}_f1"]), "")
+                (f"  {stream} stream", "", "", "", format_percent(figures[f"{stream}_f1"]), "")
                 for stream in ("tag", "image")
             ]
     rows.append(("  keep all", "", *keep_all))
@@ -267,11 +267,12 @@ def format_detection_metrics(figures: dict[str, float]) -> str:
 
 
 def _percentages(figures: dict[str, float], prefix: str) -> list[str]:
-    return [_percent(figures[prefix + name]) for name in ("precision", "recall", "f1", "reducible_f1")]
+    return [format_percent(figures[prefix + name]) for name in ("precision", "recall", "f1", "reducible_f1")]
 
 
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.2f}"
+def format_percent(value: float, digits: int = 2) -> str:
+    """A figure for people; a dash for one that is undefined (nan)."""
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def write_metrics(path: Path, metrics: dict) -> None:

@@ -1,5 +1,6 @@
 """The model card, README.md of a trained folder, written from the run's own figures."""
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from .arguments import (
     ModelArguments,
     PretrainingDataArguments,
 )
+from .evaluation import format_percent
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 CONFIG_FIELDS = (
@@ -125,7 +127,7 @@ def write_model_card(
         repo_id=repo_id,
         dataset=dataset,
         splits=splits,
-        percent=_percent,
+        percent=functools.partial(format_percent, digits=1),
         example_tags=vocabulary[:4],
         use_images=processor.use_images,
         rule=RULE_SENTENCES[processor.selection["rule"]],
@@ -136,10 +138,6 @@ def write_model_card(
         settings={name: getattr(value, "value", value) for name, value in settings.items()},
     )
     card.save(output_dir / "README.md")
-
-
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.1f}"
 
 
 def name_model(card: ModelCard, repo_id: str) -> None:

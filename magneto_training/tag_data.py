@@ -268,7 +268,7 @@ def _with_standard_columns(
     if not use_labels and "important_tags" in (dataset.column_names or []):
         dataset = dataset.remove_columns("important_tags")
     features = dict(dataset.features or {})
-    for name in COLUMNS.keys() & features.keys():
+    for name in (name for name in COLUMNS if name in features):
         # What `datasets` makes of a JSON column of several types: a cast would write texts as JSON spells them.
         if isinstance(getattr(features[name], "feature", features[name]), datasets.Json):
             expected = {"item_id": "text alone", "image": "photographs"}.get(name, "lists of text")

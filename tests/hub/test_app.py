@@ -399,8 +399,9 @@ def test_the_button_can_be_read(visit, theme):
     colours = []
     for pointed_at in (False, True):
         if pointed_at:
+            at_rest = button.evaluate("b => getComputedStyle(b).backgroundColor")
             button.hover()
-            page.wait_for_timeout(1000)  # until the colour has changed
+            expect(button).not_to_have_css("background-color", at_rest)
         style = button.evaluate("b => [getComputedStyle(b).color, getComputedStyle(b).backgroundColor]")
         colours.append([tuple(map(int, re.findall(r"\d+", colour)[:3])) for colour in style])
 

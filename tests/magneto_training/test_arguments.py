@@ -233,6 +233,13 @@ def test_every_argument_has_help():
             assert item.metadata["help"], item.name
 
 
+def test_the_help_begins_with_the_configuration(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments((PredictArguments,), ["--help"])
+
+    assert "[CONFIG.yaml] [--field value ...]" in capsys.readouterr().out.splitlines()[0]
+
+
 def test_the_default_optimiser_is_the_papers(tmp_path):
     args = MagnetoTrainingArguments(output_dir=str(tmp_path))
 

@@ -199,6 +199,12 @@ def test_a_saved_model_is_loaded_in_eval_mode(tiny_model, processor, tmp_path):
     assert type(loaded_processor) is MagnetoProcessor
 
 
+@pytest.mark.parametrize("name", ["/no/such/model", "./model", "runs/nus_wide/model"])
+def test_a_model_folder_that_is_not_there_is_called_so(name):
+    with pytest.raises(UserError, match=f"^the model '{name}' cannot be loaded: there is no such folder$"):
+        load_model(name)
+
+
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(UserError, match="the model .* cannot be loaded") as caught:
         load_model(str(tmp_path / "nowhere"))

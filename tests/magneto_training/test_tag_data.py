@@ -261,6 +261,17 @@ def test_a_tag_may_begin_with_a_bracket(tmp_path):
     assert load_tag_dataset(str(tmp_path))["train"]["tags"][:] == [["[sic] sign", "red"]]
 
 
+def test_the_first_of_several_odd_columns_is_named(tmp_path):
+    rows = [
+        {"item_id": 1, "tags": ["a"], "important_tags": ["a"]},
+        {"item_id": "x", "tags": [1], "important_tags": [1]},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    with pytest.raises(DataError, match="column 'item_id' holds 1 in row 0"):
+        load_tag_dataset(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -442,6 +442,20 @@ def test_a_run_with_another_row_does_not_go_on_with_a_checkpoint(make_trainer):
         longer.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-5")
 
 
+def test_a_run_with_another_optimizer_does_not_go_on_with_a_checkpoint(make_trainer):
+    trainer = make_trainer(save_strategy="epoch", num_train_epochs=1)
+    trainer.train()
+
+    def resumed(**changes) -> MagnetoTrainingArguments:
+        return MagnetoTrainingArguments(
+            trainer.args.output_dir, resume_from_checkpoint="true", use_cpu=True, optim=trainer.args.optim, **changes
+        )
+
+    assert find_checkpoint(resumed()) is not None
+    with pytest.raises(UserError, match="is of a run with lr_scheduler_type 'constant', and this one has 'cosine'"):
+        find_checkpoint(resumed(lr_scheduler_type="cosine"))
+
+
 def test_a_resumed_run_may_begin_to_stop_early(make_trainer):
     options = {"save_strategy": "epoch", "num_train_epochs": 1, "save_total_limit": None}
     first = make_trainer(**options)
