@@ -528,7 +528,7 @@ def _finish(folder: Path, num_rows: int, args: PredictArguments) -> dict[str, fl
     if missing := missing_parts(parts, args):
         raise UserError(
             f"{folder} lacks {len(missing)} of {len(parts)} parts, such as {_part_file(folder, missing[0]).name}; "
-            "expected a folder that all processes share"
+            f"expected a folder that all processes share, and no other prediction that writes {output_file}"
         )
     files = [_part_file(folder, part) for part in parts]
     num_skipped = _write_skipped(folder / "skipped.csv", files, args)

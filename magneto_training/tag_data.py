@@ -278,14 +278,17 @@ def _with_standard_columns(
     texts = [name for name in changed if name != "item_id" and _is_text(features[name])]
     if folder is None and "image" in texts:
         texts.remove("image")
+    # Paths that are parsed are checked then, and an image folder names the files that it holds.
+    from_stranger = dataset.info.builder_name in TABLE_BUILDERS.values() and "image" in features.keys() - texts
     if isinstance(dataset, IterableDataset):
         if texts or not features:
             raise DataError(f"{where}: streaming needs lists of tags and photographs as Parquet files hold them")
         for name in changed:
             dataset = dataset.cast_column(name, COLUMNS[name])
-        return dataset
-    # Paths that are parsed are checked then, and an image folder names the files that it holds.
-    from_stranger = dataset.info.builder_name in TABLE_BUILDERS.values() and "image" not in texts
+        if from_stranger:
+            check = functools.partial(_with_own_photographs, where=where, folder=folder)
+            dataset = dataset.with_format("arrow").map(check, batched=True, batch_size=100, features=dataset.features)
+        return dataset.with_format(None)
     if changed and len(dataset):  # `map` does nothing to no rows
         # Each column by itself: `map` and `cast_column` copy all that they are given, photographs too.
         columns = {name: dataset.select_columns(name) for name in dataset.column_names}
@@ -299,8 +302,9 @@ def _with_standard_columns(
                 found = f"column {name!r} is {features[name]}"
                 raise DataError(f"{where}: {found}, expected {COLUMNS[name]}") from error
         dataset = concatenate_datasets(list(columns.values()), axis=1)
-    if from_stranger and "image" in dataset.features:
-        _check_named_photographs(dataset, where, folder)
+    if from_stranger:
+        for rows in undecoded(dataset.select_columns("image")).with_format("arrow").iter(batch_size=10_000):
+            _with_own_photographs(rows, where, folder)
     return dataset
 
 
@@ -333,20 +337,20 @@ def _parse_column(
     )
 
 
-def _check_named_photographs(dataset: Dataset, where: str, folder: Path | None) -> None:
-    """Raise `DataError` where a table has a path that leaves its folder in place of a photograph.
+def _with_own_photographs(rows: pa.Table, where: str, folder: Path | None) -> pa.Table:
+    """The same rows; raises `DataError` where one has a path that leaves its folder in place of a photograph.
 
     A dataset may come from a stranger, and what it names may end up in a report.
     """
-    for rows in undecoded(dataset.select_columns("image")).with_format("arrow").iter(batch_size=10_000):
-        content, paths = (pc.struct_field(rows["image"], name) for name in ("bytes", "path"))
-        for path in paths.filter(pc.and_(pc.is_null(content), pc.is_valid(paths))).to_pylist():
-            if folder is None and path.startswith(("http://", "https://")):
-                continue
-            resolved = Path(os.path.realpath(path.replace("\0", "")))
-            if folder is None or not resolved.is_relative_to(os.path.realpath(folder)):
-                expected = "its bytes" if folder is None else f"its bytes, or a path inside {folder}"
-                raise DataError(f"{where}: a photograph is given as {path!r}, expected {expected}")
+    content, paths = (pc.struct_field(rows["image"], name) for name in ("bytes", "path"))
+    for path in paths.filter(pc.and_(pc.is_null(content), pc.is_valid(paths))).to_pylist():
+        if folder is None and path.startswith(("http://", "https://")):
+            continue
+        resolved = Path(os.path.realpath(path.replace("\0", "")))
+        if folder is None or not resolved.is_relative_to(os.path.realpath(folder)):
+            expected = "its bytes" if folder is None else f"its bytes, or a path inside {folder}"
+            raise DataError(f"{where}: a photograph is given as {path!r}, expected {expected}")
+    return rows
 
 
 def _is_text(feature) -> bool:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from magneto_training import tag_data
 from magneto_training.arguments import DataArguments, PretrainingDataArguments
+from magneto_training.photographs import undecoded
 from magneto_training.prediction_parts import SCHEMA
 from magneto_training.tag_data import (
     DataError,
@@ -415,15 +416,19 @@ def test_a_photograph_that_parquet_names_outside_of_its_folder_is_refused(tmp_pa
     rows.append({**rows[0], "image": {"bytes": None, "path": path}})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "photos" / "train.parquet")
 
-    with pytest.raises(
-        DataError, match=rf"train: a photograph is given as '{path}', expected .* path inside .*photos$"
-    ):
+    refused = rf"train: a photograph is given as '{path}', expected .* path inside .*photos$"
+    with pytest.raises(DataError, match=refused):
         load_tag_dataset(str(tmp_path / "photos"))
+    stream = load_tag_dataset(str(tmp_path / "photos"), streaming=True)["train"]
+    with pytest.raises(DataError, match=refused):  # when it is its turn
+        list(undecoded(stream))
 
     write_photographs(tmp_path / "photos", a="red")
     rows[1]["image"]["path"] = str(tmp_path / "photos" / "a.png")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "photos" / "train.parquet")
     assert load_tag_dataset(str(tmp_path / "photos"))["train"][1]["image"].size == (8, 8)
+    stream = load_tag_dataset(str(tmp_path / "photos"), streaming=True)["train"]
+    assert [row["image"].size for row in stream] == [(8, 8), (8, 8)]
 
 
 def test_a_table_from_the_hub_names_no_file_of_this_machine(tmp_path, monkeypatch):

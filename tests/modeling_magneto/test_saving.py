@@ -190,6 +190,18 @@ CALIBRATION = {
 }
 
 
+@pytest.mark.parametrize("stages", [0, 1])
+def test_convolutions_lie_as_the_photographs_do(tiny_config, tmp_path, stages):
+    """Otherwise PyTorch turns the weights round for every batch, which a single photograph has to wait for."""
+    tiny_config.num_trainable_backbone_stages = stages
+    fresh = MagnetoForTagSummarization(tiny_config)
+    fresh.save_pretrained(tmp_path)
+
+    for model in (fresh, MagnetoForTagSummarization.from_pretrained(tmp_path)):
+        kernels = [weight for weight in model.magneto.image_feature_extractor.backbone.parameters() if weight.ndim == 4]
+        assert kernels and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_calibration_survives_saving_and_loading_bit_for_bit(tiny_config, processor, tmp_path, dtype):
     model = moved(MagnetoForTagSummarization(tiny_config)).to(dtype)
