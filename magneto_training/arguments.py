@@ -65,7 +65,7 @@ def _check_backbone(name: str) -> None:
 
 INT8_HELP = (
     "Without a GPU, run the frozen backbone in 8-bit integers: three to four times as fast on processors with VNNI, "
-    "twice on others. Scores differ by 0.01 in the mean, single ones by more. Needs the extra export."
+    "twice on most others. Scores differ by 0.01 in the mean, single ones by more. Needs the extra export."
 )
 
 
@@ -188,7 +188,7 @@ class PretrainingDataArguments(RowArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.outlier_ratio <= 0:
+        if not 0 < self.outlier_ratio < float("inf"):
             raise UsageError(f"outlier_ratio is {self.outlier_ratio}, expected a ratio above 0")
         if not 0 < self.validation_share < 1:
             raise UsageError(f"validation_share is {self.validation_share}, expected a share in (0, 1)")
@@ -295,6 +295,8 @@ class MagnetoTrainingArguments(TrainingArguments):
         _check_at_least(self, learning_rate=0, backbone_learning_rate=0, num_train_epochs=0, seed=0, cached_views=0)
         _check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, early_stopping_patience=1)
         _check_at_least(self, gradient_accumulation_steps=1, dataloader_num_workers=0)
+        if self.seed >= 2**32:
+            raise UsageError(f"seed is {self.seed}, expected less than 2^32, as NumPy has it")
         if self.int8 and self.cached_views:
             raise UsageError("int8 is for the live backbone: what cached_views keeps is computed once anyway")
         for name, (possible, reason) in POSSIBLE_VALUES.items():
@@ -389,7 +391,7 @@ class PredictArguments:
         _check_at_least(self, batch_size=1, num_workers=0, rows_per_part=1, report_images=0, seed=0)
         if self.streaming and self.engine == "ray":
             raise UsageError("streaming is for --engine accelerate: with ray, each worker reads rows of its own")
-        if self.inject_outliers is not None and self.inject_outliers <= 0:
+        if self.inject_outliers is not None and not 0 < self.inject_outliers < float("inf"):
             raise UsageError(f"inject_outliers is {self.inject_outliers}, expected a ratio above 0")
         find_rule({}, self.selection, self.threshold, self.top_k)  # what is wrong, it says
 
@@ -413,9 +415,12 @@ class ReproductionArguments:
     def __post_init__(self):
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"seeds is {self.seeds}, expected different numbers of at least 0")
-        for name in ("tad_ratio", "outlier_ratio", "pretraining_outlier_ratio"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected a ratio above 0")
+        if not 0 < self.tad_ratio <= 1:  # beta-hat is a share of the tags that there are
+            raise UsageError(f"tad_ratio is {self.tad_ratio}, expected a ratio in (0, 1]")
+        for name in ("outlier_ratio", "pretraining_outlier_ratio", "pretraining_epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{name} is {value}, expected a number above 0")
         _check_at_least(self, num_parallel_runs=1)
 
 

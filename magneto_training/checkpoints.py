@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_magneto import MagnetoConfig, MagnetoPreTrainedModel, MagnetoProcessor
 
@@ -17,6 +18,7 @@ from .arguments import MagnetoTrainingArguments, UserError
 # A run goes on with these as it began: the optimizer's and the schedule's state fit no other, and what is best so far
 # was found by one metric.
 LASTING_ARGUMENTS = ("optim", "lr_scheduler_type", "metric_for_best_model", "greater_is_better")
+MODEL_FILES = (CONFIG_NAME, PROCESSOR_NAME, "tokenizer.json")  # beside the weights
 STATE_NAME = "EpochCallback"  # trainer.py's, under whose name a checkpoint keeps them
 
 
@@ -57,9 +59,9 @@ def find_checkpoint(args: MagnetoTrainingArguments) -> str | None:
             _check_goes_on(checkpoint, args)
             return str(checkpoint)
         if is_named:
-            raise UserError(f"{damaged} is damaged, expected another checkpoint to go on from")
+            raise UserError(f"{damaged}, expected another checkpoint to go on from")
         if args.process_index == 0:
-            print(f"{damaged} is damaged: {checkpoint.name} is passed over", flush=True)
+            print(f"{damaged}: {checkpoint.name} is passed over", flush=True)
     if complete:
         raise UserError(f"output_dir {args.output_dir!r} holds no whole checkpoint, expected one to go on from")
     return None
@@ -84,19 +86,48 @@ def check_checkpoint(checkpoint: str, model: MagnetoPreTrainedModel, processor: 
             raise UserError(f"the checkpoint {checkpoint} has {name} {found!r}, expected {expected!r} as in this run")
 
 
-def _find_damaged(checkpoint: Path) -> Path | None:
-    """A file that is not there to its end: after a crash, or on a full disk."""
-    for file in sorted(checkpoint.iterdir()):
+def _find_damaged(checkpoint: Path) -> str | None:
+    """What is wrong with a file that is not there, or not to its end: after a crash, or on a full disk."""
+    files = sorted(checkpoint.iterdir())
+    missing = [name for name in MODEL_FILES if checkpoint / name not in files]
+    if not any(file.suffix == ".safetensors" or file.is_dir() for file in files):  # a folder, of shares of the weights
+        missing.append(SAFE_WEIGHTS_NAME)
+    if missing:
+        return f"{checkpoint / missing[0]} is missing"
+    for file in files:
         try:
             if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
+                content = json.loads(file.read_text(encoding="utf-8"))
+                is_whole = isinstance(content, dict)
             elif file.suffix == ".safetensors":
                 safe_open(file, "pt")  # reads where the tensors lie, and how long the file is to be
-            elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):  # which has its index at the end
-                return file
+                is_whole = True
+            else:  # which has its index at the end
+                is_whole = file.suffix not in (".pt", ".pth") or zipfile.is_zipfile(file)
         except (ValueError, SafetensorError):
-            return file
+            is_whole = False
+        if not is_whole:
+            return f"{file} is damaged"
     return None
+
+
+def _check_best(checkpoint: Path, state: dict, args: MagnetoTrainingArguments) -> None:
+    """Raise `UserError` where the best model so far, which the run is to end with, is not there any more.
+
+    Trainer would forget it without a word, and end with the best of what is still to come.
+    """
+    best = state.get("best_model_checkpoint")
+    if best is None or not args.load_best_model_at_end:
+        return
+    # Trainer finds it where it was, or where `output_dir` is now, by its step.
+    moved = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.get('best_global_step')}"
+    found = next((folder for folder in (Path(best), moved) if folder.is_dir()), None)
+    problem = f"{best} is missing" if found is None else _find_damaged(found)
+    if problem is not None:
+        raise UserError(
+            f"{problem}, and was the best until {checkpoint.name}; expected it whole, a checkpoint from before it, or "
+            "--load_best_model_at_end false"
+        )
 
 
 def _check_goes_on(checkpoint: Path, args: MagnetoTrainingArguments) -> None:
@@ -115,6 +146,7 @@ def _check_goes_on(checkpoint: Path, args: MagnetoTrainingArguments) -> None:
             "a run goes on with as many processes as before"
         )
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    _check_best(checkpoint, state, args)
     saved = state["stateful_callbacks"].get(STATE_NAME, {}).get("attributes", {})
     for name, value in lasting_arguments(args).items():
         if value is not None and saved.get(name, value) != value:  # an older checkpoint does not say

@@ -205,8 +205,20 @@ class _Builder:
         return [(view, number) for number in range(len(self.files[0])) for view in range(len(self.files))]
 
     def missing(self, files: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Those of the files that are not there yet."""
-        return [(view, number) for view, number in files if not self.files[view][number].exists()]
+        """Those of the files that are not there yet, or not whole: after a crash of the machine."""
+        return [(view, number) for view, number in files if not self._is_whole(view, number)]
+
+    def damaged(self) -> list[Path]:
+        """Files that are there, and to be made again."""
+        paths = [self.files[view][number] for view, number in self.missing(self.all_files())]
+        return [path for path in paths if path.exists()]
+
+    def _is_whole(self, view: int, number: int) -> bool:
+        try:
+            with safe_open(self.files[view][number], "pt") as file:
+                return file.get_slice("features").get_shape()[0] == len(self._row_numbers(number))
+        except (OSError, SafetensorError):
+            return False
 
     def num_missing_rows(self) -> int:
         return sum(len(self._row_numbers(number)) for _, number in self.missing(self.all_files()))
@@ -237,7 +249,7 @@ class _Builder:
                 path, row_numbers = self.files[view][number], self._row_numbers(number)
                 lock = FileLock(f"{path}.lock")  # another run may be at the same file
                 lock.acquire()  # in the same order as any other run, so that none waits for ever
-                if path.exists():
+                if self._is_whole(view, number):
                     lock.release()
                     continue
                 begun.append((path, len(row_numbers), lock))
@@ -319,6 +331,8 @@ def _announce(builders: dict[str, _Builder]) -> None:
         flush=True,
     )
     for builder in builders.values():
+        for path in builder.damaged():
+            print(f"{path} is damaged, and is made again", flush=True)
         builder.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache_dir).free
     if free < num_missing * num_bytes:

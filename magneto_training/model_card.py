@@ -118,7 +118,7 @@ def write_model_card(
     }
     if OPTIM_ARGS.get(training_args.optim.value) == ():  # the default, which such an optimizer does not read
         del settings["optim_args"]
-    vocabulary = processor.vocabulary
+    vocabulary, calibration = processor.vocabulary, config.calibration or {}
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
@@ -131,7 +131,8 @@ def write_model_card(
         example_tags=vocabulary[:4],
         use_images=processor.use_images,
         rule=RULE_SENTENCES[processor.selection["rule"]],
-        calibration=config.calibration is not None,
+        calibration=bool(calibration),
+        num_tag_biases=max((len(part.get("tag_biases", {})) for part in calibration.values()), default=0),
         num_tags=len(vocabulary),
         metrics=metrics,
         training_curves=(output_dir / "training_curves.png").exists(),

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import datasets
 import numpy as np
@@ -43,8 +44,7 @@ from .frozen_backbone import FrozenBackbone
 from .photographs import UNREADABLE, undecoded
 from .prediction import PredictedBatch, predict_batches, rows_for_model
 from .quantized_backbone import QuantizedBackbone, backbone_for_workers
-from .streaming import read_stream
-from .tag_data import DataError, find_problems
+from .tag_data import DataError, find_problems, read_stream
 from .whole_file import whole_file
 
 SCHEMA = pa.schema(
@@ -107,6 +107,7 @@ def check_output_file(args: PredictArguments) -> None:
         raise UserError(f"output_file {args.output_file!r} is a folder, expected the name of a file")
     try:
         output_file.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=output_file.parent).close()
     except OSError as error:
         raise UserError(f"output_file {args.output_file!r} cannot be written: {error.strerror}") from None
 
@@ -236,9 +237,23 @@ def part_ranges(start: int, stop: int, rows_per_part: int) -> list[range]:
 
 
 def missing_parts(parts: Iterable[range], args: PredictArguments) -> list[range]:
-    """Those of the parts that have not been made."""
+    """Those of the parts that have not been made. A damaged one, which is said, is to be made again."""
     folder = parts_folder(args.output_file)
-    return [part for part in parts if not _part_file(folder, part).exists()]
+    return [part for part in parts if not _is_whole(_part_file(folder, part))]
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        return FIGURES in (pq.read_schema(file).metadata or {})
+    except FileNotFoundError:
+        return False
+    except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk or the network, not the file
+            raise
+        # Its index is at the end: after a crash of the machine it may be cut short.
+        print(f"{file} is damaged, and is made again", flush=True)
+        file.unlink(missing_ok=True)
+        return False
 
 
 def _part_file(folder: Path, part: range) -> Path:
@@ -511,7 +526,7 @@ def _open_folder(folder: Path, settings: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
     if any(folder.glob("*.parquet")):
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        found = _read_settings(file)
         if different := [name for name, value in settings.items() if found.get(name) != value]:
             raise UserError(
                 f"{folder} holds parts of a prediction that was not finished, with another {', '.join(different)}; "
@@ -519,6 +534,15 @@ def _open_folder(folder: Path, settings: dict) -> None:
             )
     with whole_file(file) as partial:
         partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_settings(file: Path) -> dict:
+    """None where there are none, or no whole ones."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _finish(folder: Path, num_rows: int, args: PredictArguments) -> dict[str, float]:

@@ -1,5 +1,5 @@
-"""A frozen backbone in 8-bit integers (--int8): three to four times as fast as in float32 on processors with VNNI, and
-twice as fast on others.
+"""A frozen backbone in 8-bit integers (--int8): three to four times as fast as in float32 on processors with VNNI,
+twice as fast on most others, and no faster on AMD's first Zen, which multiplies integers as slowly as floats.
 
 Weights and activations become integers of 8 bits, by ONNX Runtime's static quantization. The range of each activation
 is what the first photographs of the dataset reach, so every process finds the same. Everything behind the backbone
@@ -24,6 +24,7 @@ from modeling_magneto import MagnetoPreTrainedModel, MagnetoProcessor
 from .arguments import UsageError, UserError
 from .frozen_backbone import IMAGES_AT_A_TIME, FrozenBackbone
 from .photographs import PhotographReader, undecoded
+from .tag_data import read_stream
 
 NUM_PHOTOGRAPHS = 128  # whose activations set the ranges
 LARGEST_ERROR = 1.0  # of the features, relative to their norm: that of features of zeros
@@ -111,6 +112,7 @@ def backbone_for_workers(
 def _first_photographs(rows: Dataset | IterableDataset, processor: MagnetoProcessor) -> Iterator[torch.Tensor]:
     read_photographs = PhotographReader(processor.image_processor)
     batches = undecoded(rows.select_columns("image")).iter(IMAGES_AT_A_TIME)
+    batches = read_stream(batches, "int8, which needs photographs to set the ranges by")
     photographs = (photograph for batch in batches for photograph in read_photographs(batch["image"]))
     first = islice((photograph for photograph in photographs if photograph is not None), NUM_PHOTOGRAPHS)
     while batch := list(islice(first, IMAGES_AT_A_TIME)):

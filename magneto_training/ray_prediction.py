@@ -12,6 +12,7 @@ from pathlib import Path
 import ray
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .arguments import PredictArguments, UsageError, UserError
@@ -46,7 +47,7 @@ class _Worker:
         try:
             for _ in predict_parts(self.model, self.processor, self.rows, parts, self.args, self.backbone):
                 pass
-        except UserError as error:  # to be told in one line, which Ray would not do
+        except (UserError, OSError, SafetensorError) as error:  # to be told in one line, which Ray would not do
             return {"num_rows": [0], "error": [str(error)]}
         return {"num_rows": [int(sum(batch["stop"] - batch["start"]))], "error": [""]}
 

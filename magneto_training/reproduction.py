@@ -2,11 +2,13 @@
 
 OUT/runs/<run>-<seed>.yaml      settings of one run; train.py takes the file too
 OUT/runs/<run>-<seed>/          what it trained
+OUT/runs/<run>-<seed>.log       what its processes print; while one of them lives, no other run begins there
 OUT/outliers/<run>-<seed>.*     the outlier test of one run
 OUT/results.json, results.md, figure_3.png, figure_4.png, figure_8.png
 """
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import math
@@ -16,11 +18,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import yaml
@@ -38,9 +42,10 @@ from .arguments import (
     UsageError,
     UserError,
 )
-from .evaluation import write_metrics
+from .evaluation import format_percent, write_metrics
 from .figures import plot_curves, save_figure
-from .tag_data import find_split, load_tag_dataset
+from .tag_data import DataError, find_split, load_tag_dataset, load_training_splits
+from .trainer import check_training_options
 from .whole_file import whole_file
 
 ROOT = Path(__file__).parent.parent
@@ -49,13 +54,17 @@ OF_ONE_RUN = {
     *("output_dir", "seed", "run_name", "init_from", "resume_from_checkpoint"),
     *("push_to_hub", "hub_model_id", "hub_token"),
 }
-# What would have no effect, and what is expected instead.
+# What would have no effect, or make an experiment one of something else, and what is expected instead.
 EXPECTED_INSTEAD = {
     "seed": "--seeds: every experiment is run with each of these",
     "init_from": "none: pre-training is one of the experiments",
+    "objective": "the default: figure 3 compares it with bce",
+    "tag_encoder": "the default: table 2 compares it with feed_forward",
     "resume_from_checkpoint": "none: the same command goes on by itself with what is missing",
 }
 METRICS = ("precision", "recall", "f1", "reducible_f1")
+# Seconds in which the processes of a run that was ended just now may still be ending.
+ENDING_TIME = 10.0
 
 # Table 2: architecture -> what differs from the settings given.
 ARCHITECTURES = {
@@ -115,6 +124,10 @@ class Run:
         return self.folder / f"{self.label}.yaml"
 
     @property
+    def log_file(self) -> Path:
+        return self.folder / f"{self.label}.log"
+
+    @property
     def all_settings(self) -> dict[str, Any]:
         return {**self.settings, "output_dir": str(self.output_dir)}
 
@@ -126,7 +139,8 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """Of the test split, or of the validation split where there is no other."""
         splits = json.loads(self.metrics_file.read_text(encoding="utf-8"))
-        return splits.get("test", splits["validation"])
+        figures = splits.get("test", splits["validation"])
+        return {name: math.nan if value is None else value for name, value in figures.items()}
 
     def history(self) -> list[dict[str, float]]:
         return json.loads((self.output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -140,8 +154,9 @@ class Reproduction:
         model_args, data_args, training_args: The setting of all runs; each experiment changes what it is about.
 
     Raises:
-        UsageError: `data_args` asks for a stream, or a setting is one that each run has for itself.
-        DataError: The dataset cannot be loaded, or lacks the training split.
+        UsageError: `data_args` asks for a stream, a setting is one that each run has for itself, or one of the runs
+            would be refused for its settings.
+        DataError: The dataset, or what to pre-train on, cannot be loaded, or lacks the training split.
     """
 
     def __init__(
@@ -154,7 +169,7 @@ class Reproduction:
         if data_args.streaming:
             raise UsageError("streaming is true, expected false: pre-training and the outlier test read no stream")
         for name, expected in EXPECTED_INSTEAD.items():
-            value = getattr(model_args if name == "init_from" else training_args, name)
+            value = getattr(model_args if hasattr(model_args, name) else training_args, name)
             if value != _default(name):
                 raise UsageError(f"{name} is {value!r}, expected {expected}")
         self.args = args
@@ -167,6 +182,13 @@ class Reproduction:
         self.split = data_args.test_split if data_args.test_split in splits else data_args.validation_split
         self.has_images = "image" in find_split(splits, data_args.train_split, data_args).column_names
         self.is_nus_wide = _is_nus_wide(data_args.dataset_name)
+        if self.has_images and data_args.skip_bad_rows:
+            _check_photographs(data_args)
+        if self.has_images and args.pretraining_config_name is not None:
+            unlabeled = load_tag_dataset(data_args.dataset_name, args.pretraining_config_name, use_labels=False)
+            find_split(unlabeled, data_args.train_split, data_args)
+        for run in {run.name: run for run in itertools.chain(*self._stages())}.values():
+            _check_options(run)
 
     # ------------------------------------------------------------------------------------------------------------ runs
 
@@ -201,12 +223,13 @@ class Reproduction:
             for field in dataclasses.fields(argument_class)
         }
         own = {
-            "dataset_config_name": self.args.pretraining_config_name or self.data_args.dataset_config_name,
-            "num_train_epochs": self.args.pretraining_epochs or self.base.get("num_train_epochs"),
+            "dataset_config_name": self.args.pretraining_config_name,
+            "num_train_epochs": self.args.pretraining_epochs,
             "outlier_ratio": self.args.pretraining_outlier_ratio,
         }
+        own = {name: value for name, value in own.items() if value is not None}
         settings = {**self.base, **ARCHITECTURES[MAIN], **own}
-        settings = {name: value for name, value in settings.items() if name in known and value is not None}
+        settings = {name: value for name, value in settings.items() if name in known}
         for name in ("metric_for_best_model", "greater_is_better"):  # of another task
             settings.pop(name, None)
         return [self._with_seed("pretraining", seed, "pretrain.py", settings) for seed in self.args.seeds]
@@ -227,21 +250,30 @@ class Reproduction:
         """Make the runs and the outlier tests that are missing; what was interrupted goes on where it was.
 
         Raises:
-            UserError: A run failed, or one that is there was made with other settings.
+            UserError: A run failed, one that is there was made with other settings, or processes that an earlier
+                reproduce.py has left behind are at work on one.
         """
+        stages = self._stages()
+        for run in itertools.chain(*stages):
+            for log_file in (run.log_file, self._outlier_file(run).with_suffix(".log")):
+                if log_file.exists():
+                    _hold(log_file, ENDING_TIME).close()
         if not self.has_images:
             print(f"{self.data_args.dataset_name} has no photographs: the tag-only models alone", flush=True)
-            stages = [self._all_runs([self.architecture_runs(name) for name in TAG_ONLY_ARCHITECTURES])]
-        else:
-            table_2 = [self.architecture_runs(name) for name in ARCHITECTURES]
-            fine_tuned = [runs for (_, pretrained), runs in self._table_3().items() if pretrained]
-            others = [runs for (_, pretrained), runs in self._table_3().items() if not pretrained]
-            first = self._all_runs([*table_2, *others, self.cross_entropy_runs(), self.pretraining_runs()])
-            stages = [first, self._all_runs(fine_tuned)]
         self._in_stages(_train, stages, "runs")
         if self.has_images:
             tested = self._all_runs(self._table_3().values())
             self._in_stages(self._test_outliers, [tested], "outlier tests")
+
+    def _stages(self) -> list[list[Run]]:
+        """All runs; those of a stage need some of the stages before."""
+        if not self.has_images:
+            return [self._all_runs([self.architecture_runs(name) for name in TAG_ONLY_ARCHITECTURES])]
+        table_2 = [self.architecture_runs(name) for name in ARCHITECTURES]
+        fine_tuned = [runs for (_, pretrained), runs in self._table_3().items() if pretrained]
+        others = [runs for (_, pretrained), runs in self._table_3().items() if not pretrained]
+        first = self._all_runs([*table_2, *others, self.cross_entropy_runs(), self.pretraining_runs()])
+        return [first, self._all_runs(fine_tuned)]
 
     @staticmethod
     def _all_runs(groups: Iterable[list[Run]]) -> list[Run]:
@@ -316,14 +348,22 @@ class Reproduction:
 
         Returns:
             What results.json holds.
+
+        Raises:
+            UserError: The runs were not evaluated on the same images.
         """
         architectures = ARCHITECTURES if self.has_images else TAG_ONLY_ARCHITECTURES
+        table_3 = self._table_3().values() if self.has_images else ()
+        _check_same_images(self._all_runs([*map(self.architecture_runs, architectures), *table_3]))
         any_run = self.architecture_runs("FF")[0].metrics()
         results = {
             "dataset": Path(self.data_args.dataset_name).name,
             "split": self.split,
             "num_images": any_run["num_images"],
             "seeds": self.args.seeds,
+            "commit": _commit(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "timm")},
+            "arguments": dataclasses.asdict(self.args),
             "settings": {
                 name: value for name, value in self.base.items() if name not in ("dataset_name", "init_from")
             },
@@ -428,8 +468,7 @@ def _train(run: Run) -> Run:
     if not run.settings_file.exists():
         _write_settings(run.settings_file, run.all_settings)
     if not run.metrics_file.is_file():
-        arguments = [run.settings_file, "--resume_from_checkpoint", "true"]
-        _launch(run.script, arguments, run.settings_file.with_suffix(".log"))
+        _launch(run.script, [run.settings_file, "--resume_from_checkpoint", "true"], run.log_file)
     for checkpoint in run.output_dir.glob("checkpoint-*"):  # of use for an unfinished run only
         shutil.rmtree(checkpoint)
     return run
@@ -443,10 +482,10 @@ def _launch(script: str, arguments: Sequence[Any], log_file: Path) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--main_process_port", "0"]
     command = [*launcher, str(ROOT / script), *map(str, arguments)]
     streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-    with (
-        log_file.open("w", encoding="utf-8") as log,
-        subprocess.Popen(command, stdout=log, start_new_session=True, **streams) as process,
-    ):
+    with _hold(log_file) as log:
+        log.truncate(0)
+        process = subprocess.Popen(command, stdout=log, start_new_session=True, **streams)
+    with process:
         try:
             while process.poll() is None:
                 if _interrupted.wait(0.2):
@@ -459,6 +498,74 @@ def _launch(script: str, arguments: Sequence[Any], log_file: Path) -> None:
         lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
         raise UserError(f"{script} failed (see {log_file}): {reason[-300:]}")
+
+
+def _hold(log_file: Path, patience: float = 0.0) -> TextIO:
+    """Open a log to write to and lock it; every process that inherits it as its output holds the lock while it lives.
+
+    Raises:
+        UserError: After `patience` seconds, another process still holds it.
+    """
+    log, end = log_file.open("a", encoding="utf-8"), time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return log
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                log.close()
+                raise UserError(
+                    f"processes of an earlier reproduce.py are at work on {log_file.with_suffix('')}, expected none: "
+                    f"wait until they have ended, or end them (fuser {log_file} lists them)"
+                ) from None
+        except OSError:  # a file system without locks
+            return log
+        time.sleep(0.1)
+
+
+def _check_options(run: Run) -> None:
+    """Raise `UserError` where train.py or pretrain.py would refuse what a run is set to, which may be hours away."""
+    training_class = PretrainingArguments if run.script == "pretrain.py" else MagnetoTrainingArguments
+    model_args, training_args = (
+        cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls) if field.name in settings})
+        for cls, settings in ((ModelArguments, run.settings), (training_class, run.all_settings))
+    )
+    try:
+        check_training_options(model_args, training_args)
+    except UserError as error:
+        raise type(error)(f"{run.name}: {error}") from None
+
+
+def _check_photographs(data_args: DataArguments) -> None:
+    """Raise `DataError` where tag-only runs would keep rows that the others leave out.
+
+    What is checked here, the runs need not check again.
+    """
+    sizes = [
+        {name: len(rows) for name, rows in load_training_splits(data_args, use_images).items()}
+        for use_images in (True, False)
+    ]
+    for (role, count), with_unreadable in zip(sizes[0].items(), sizes[1].values(), strict=True):
+        if count < with_unreadable:
+            raise DataError(
+                f"{data_args.dataset_name}, {role}: found {with_unreadable - count} unreadable photographs, expected "
+                "none: models that read the tags alone would be compared on these rows, and the others without them"
+            )
+
+
+def _check_same_images(runs: Sequence[Run]) -> None:
+    """Figures of different images are not to be compared: tag-only runs keep rows whose photograph is unreadable."""
+    names = ("num_images", *(f"keep_all_{name}" for name in METRICS))
+    found = {run: [run.metrics()[name] for name in names] for run in runs}
+    *_, expected = found.values()  # of a run that reads photographs, where there are any
+    others = [run for run in runs if not np.allclose(found[run], expected, rtol=0, atol=1e-3, equal_nan=True)]
+    if others:
+        index = names.index("keep_all_f1")
+        here, there = (f"{row[0]} images, keep-all F1 {row[index]:.2f}" for row in (found[others[0]], expected))
+        raise UserError(
+            f"{', '.join(run.label for run in others)} found {here}, expected {there}, as {runs[-1].label}: "
+            "remove the rows with unreadable photographs from the dataset first, and give another --output_dir"
+        )
 
 
 def _check_settings(run: Run) -> None:
@@ -504,6 +611,15 @@ def _default(name: str) -> Any:
     return next(field.default for field in fields if field.name == name)
 
 
+def _commit() -> str | None:
+    """The git commit of this code, with "-dirty" where a file of it was changed; None without git or a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def _is_nus_wide(dataset_name: str) -> bool:
     card = Path(dataset_name) / "README.md" if Path(dataset_name).is_dir() else dataset_name
     try:
@@ -524,20 +640,22 @@ def _summary(figures: list[dict[str, float]], names: Sequence[str]) -> dict[str,
 
 def format_results(results: dict) -> str:
     """results.json as Markdown."""
-    paper = results.get("paper")
+    paper, seeds = results.get("paper"), ", ".join(map(str, results["seeds"]))
+    of_seeds = f"mean and standard deviation of the seeds {seeds}" if len(results["seeds"]) > 1 else f"seed {seeds}"
     lines = [
         f"# {results['dataset']}, {results['split']} split, {results['num_images']} images",
         "",
-        f"Percent, mean and standard deviation of the seeds {', '.join(map(str, results['seeds']))}; a tag is "
-        "selected when its score reaches 0.5. *Keep all* is the result of removing nothing; *reducible* images have "
-        "a tag to remove.",
+        f"Percent, {of_seeds}; a tag is selected when its score reaches 0.5. *Keep all* is the result of removing "
+        "nothing; *reducible* images have a tag to remove.",
+        "",
+        _settings_in_words(results),
         "",
         "## Table 2: architectures",
         "",
         "| | precision | recall | F1 | F1, reducible images |" + (" paper: P / R / F1 |" if paper else ""),
         "|---|---|---|---|---|" + ("---|" if paper else ""),
     ]
-    keep_all = " | ".join(f"{results['keep_all'][name]:.1f}" for name in METRICS)
+    keep_all = " | ".join(format_percent(results["keep_all"][name], 1) for name in METRICS)
     lines.append(f"| keep all | {keep_all} |" + (" |" if paper else ""))
     for name, summary in results["table_2"].items():
         row = f"| {name} | {' | '.join(_mean_and_deviation(summary[metric]) for metric in METRICS)} |"
@@ -555,15 +673,14 @@ def format_results(results: dict) -> str:
             "|---|---|---|---|---|---|" + ("---|" if paper else ""),
         ]
         keep_all = results["keep_all"]
-        lines.append(
-            f"| keep all | | | 100.0 | {keep_all['f1']:.1f} | {keep_all['outlier_f1']:.1f} |" + (" |" if paper else "")
-        )
+        keep_all = f"{keep_all['f1']:.2f} | {keep_all['outlier_f1']:.2f}"
+        lines.append(f"| keep all | | | 100.00 | {keep_all} |" + (" |" if paper else ""))
         for index, row in enumerate(results["table_3"]):
             cells = [
                 row["tag_add_ratio"],
                 row["tag_drop_ratio"],
                 "yes" if row["pretrained"] else "no",
-                *(_mean_and_deviation(row[name]) for name in ("outlier_percent", "f1", "outlier_f1")),
+                *(_mean_and_deviation(row[name], 2) for name in ("outlier_percent", "f1", "outlier_f1")),
             ]
             if paper:
                 cells.append(", ".join(f"{value:.2f}" for value in paper["table_3"][index].values()))
@@ -572,6 +689,19 @@ def format_results(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _mean_and_deviation(summary: dict) -> str:
-    deviation = "" if math.isnan(summary["std"]) else f" ± {summary['std']:.1f}"
-    return f"{summary['mean']:.1f}{deviation}"
+def _settings_in_words(results: dict) -> str:
+    """What tells one experiment from another; all the rest is in results.json."""
+    arguments, own = results["arguments"], results["settings"]
+    settings = {name: own.get(name, _default(name)) for name in ("backbone", "num_train_epochs", "cached_views")}
+    words = [f"{settings['num_train_epochs']:g} epochs"]
+    if "table_3" in results:
+        name = arguments["pretraining_config_name"] or own.get("dataset_config_name") or "default"
+        epochs = arguments["pretraining_epochs"] or settings["num_train_epochs"]
+        words = [f"backbone {settings['backbone']}", *words, f"{settings['cached_views']} cached views"]
+        words.append(f"pre-training on the configuration {name} for {epochs:g} epochs")
+    return f"Settings: {', '.join(words)}; commit {results['commit'] or 'unknown'}."
+
+
+def _mean_and_deviation(summary: dict, digits: int = 1) -> str:
+    deviation = "" if math.isnan(summary["std"]) else f" ± {summary['std']:.{digits}f}"
+    return f"{format_percent(summary['mean'], digits)}{deviation}"

@@ -5,10 +5,9 @@ shuffles in one place, undecoded, and its workers decode and augment. The order,
 same for any number of workers and processes, and no row is lost or doubled on the way.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
 
 import datasets
 import pyarrow as pa
@@ -18,7 +17,7 @@ from datasets import Dataset, IterableDataset
 
 from modeling_magneto.loss_magneto import IGNORED_LABEL
 
-from .arguments import DataArguments, MagnetoTrainingArguments, UsageError, UserError
+from .arguments import DataArguments, MagnetoTrainingArguments, UsageError
 from .augmentation import example_seed
 from .collation import TagCollator
 from .photographs import UNREADABLE, undecoded
@@ -27,34 +26,15 @@ from .tag_data import (
     RowReport,
     check_columns,
     collect_tags,
-    describe_cause,
     find_problems,
     find_split,
     judge_rows,
     load_split,
     load_tag_dataset,
+    read_stream,
 )
 
 LABEL_COLUMNS = ["item_id", "tags", "important_tags"]
-Rows = TypeVar("Rows")
-
-
-def read_stream(rows: Iterable[Rows], name: str) -> Iterator[Rows]:
-    """What a stream yields, rows or tables.
-
-    Args:
-        rows: The stream; its photographs undecoded.
-        name: The dataset, for messages.
-
-    Raises:
-        DataError: It cannot be read: a file is damaged or gone, or the network is.
-    """
-    try:
-        yield from rows
-    except UserError:
-        raise
-    except Exception as error:  # of many libraries, as in `load_tag_dataset`, and none knows the dataset
-        raise DataError(f"{name}: the rows cannot be read: {describe_cause(error)}") from error
 
 
 def check_streaming(data_args: DataArguments, training_args: MagnetoTrainingArguments) -> None:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -58,6 +58,7 @@ ADJACENT_TEXTS = re.compile(r"""['"]\s+['"]""")  # numpy's ['sky' 'sea'], to Pyt
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can spell and nothing can write again
 MAX_REPORTED_ITEMS = 5
 ROWS_PER_CHECKING_PROCESS = 50_000
+Rows = TypeVar("Rows")
 
 
 class DataError(UserError):
@@ -140,6 +141,24 @@ def describe_cause(error: Exception) -> str:
     return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
+def read_stream(rows: Iterable[Rows], name: str) -> Iterator[Rows]:
+    """What a stream yields, rows or tables.
+
+    Args:
+        rows: The stream; its photographs undecoded.
+        name: The dataset, for messages.
+
+    Raises:
+        DataError: It cannot be read: a file is damaged or gone, or the network is.
+    """
+    try:
+        yield from rows
+    except UserError:
+        raise
+    except Exception as error:  # of many libraries, as in `load_tag_dataset`, and none knows the dataset
+        raise DataError(f"{name}: the rows cannot be read: {describe_cause(error)}") from error
+
+
 def _load_tables(paths: list[Path], streaming: bool, columns: Sequence[str] | None) -> Dataset | IterableDataset:
     builder, options = TABLE_BUILDERS[paths[0].suffix.lower()], {}
     if columns is not None:
@@ -151,8 +170,25 @@ def _load_tables(paths: list[Path], streaming: bool, columns: Sequence[str] | No
             "features": datasets.Features({name: datasets.Value("string") for name in header}),
             "keep_default_na": False,
         }
+    if builder == "parquet":
+        paths = _without_empty_files(paths)
     files = [str(path.parent.resolve() / path.name) for path in paths]  # in one spelling, as the folder
     return load_dataset(builder, data_files=files, split="train", streaming=streaming, **options)
+
+
+def _without_empty_files(paths: list[Path]) -> list[Path]:
+    """The Parquet files that have rows. `datasets` stumbles at others: its batches are as large as the first group."""
+    full = []
+    for path in paths:
+        try:
+            found = pq.read_metadata(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path} cannot be read: {describe_cause(error)}") from None
+        if found.num_rows:
+            full.append(path)
+        elif found.num_row_groups and len(paths) == 1:
+            raise DataError(f"{path}: found no rows, expected at least one")
+    return full or paths
 
 
 def _read_header(paths: list[Path]) -> list[str]:

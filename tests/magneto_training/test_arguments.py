@@ -300,6 +300,7 @@ def test_our_own_mistakes_keep_their_traceback(error):
         ("learning_rate", "nan", "learning_rate is nan"),
         ("num_train_epochs", "-1", "num_train_epochs is -1"),
         ("seed", "-1", "seed is -1"),
+        ("seed", str(2**32), "seed is 4294967296, expected less than 2.32"),
         ("optim_args", "momentum0.9", "optim_args is 'momentum0.9', expected name=value"),
         ("early_stopping_patience", "0", "early_stopping_patience is 0, expected at least 1"),
         ("gradient_accumulation_steps", "0", "gradient_accumulation_steps is 0, expected at least 1"),
@@ -309,6 +310,14 @@ def test_our_own_mistakes_keep_their_traceback(error):
 def test_training_arguments_out_of_range_are_named(name, value, message):
     with pytest.raises(UsageError, match=message):
         parse_arguments((MagnetoTrainingArguments,), [f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("ratio", [0.0, float("nan"), float("inf")])
+def test_a_ratio_of_strange_tags_is_a_number_above_0(ratio):
+    with pytest.raises(UsageError, match=f"^outlier_ratio is {ratio}, expected a ratio above 0$"):
+        PretrainingDataArguments("data", outlier_ratio=ratio)
+    with pytest.raises(UsageError, match=f"^inject_outliers is {ratio}, expected a ratio above 0$"):
+        PredictArguments("model", "data", "out.parquet", inject_outliers=ratio)
 
 
 @pytest.mark.parametrize(

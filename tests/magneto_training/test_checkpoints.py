@@ -21,6 +21,8 @@ def make_checkpoints(folder: Path, complete=(), partial=()) -> None:
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         save_file({"weights": torch.zeros(9)}, checkpoint / "model.safetensors")
+        for name in ("config.json", "processor_config.json", "tokenizer.json"):
+            (checkpoint / name).write_text("{}")
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
             torch.save({"state": torch.zeros(9)}, checkpoint / name)
     for step in complete:
@@ -70,6 +72,49 @@ def test_a_named_checkpoint_that_is_not_there_is_an_error(tmp_path):
 
     with pytest.raises(UserError, match="checkpoint-10.*expected a complete checkpoint folder"):
         find_checkpoint(training_args(tmp_path, str(tmp_path / "checkpoint-10")))
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json", "model.safetensors"])
+def test_a_checkpoint_that_lacks_a_file_is_passed_over_and_named(tmp_path, capsys, name):
+    make_checkpoints(tmp_path, complete=[9, 10])
+    file = tmp_path / "checkpoint-10" / name
+    file.unlink()
+
+    assert find_checkpoint(training_args(tmp_path, "true")) == str(tmp_path / "checkpoint-9")
+    assert capsys.readouterr().out == f"{file} is missing: checkpoint-10 is passed over\n"
+    with pytest.raises(UserError, match=f"{file} is missing, expected another checkpoint"):
+        find_checkpoint(training_args(tmp_path, str(tmp_path / "checkpoint-10")))
+
+
+def test_a_checkpoint_with_another_kind_of_state_is_damaged(tmp_path, capsys):
+    make_checkpoints(tmp_path, complete=[9, 10])
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("[]")
+
+    assert find_checkpoint(training_args(tmp_path, "true")) == str(tmp_path / "checkpoint-9")
+    assert "trainer_state.json is damaged: checkpoint-10 is passed over" in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_without_its_best_model(tmp_path):
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    make_checkpoints(folder, complete=[5, 10])
+    best = folder / "checkpoint-5"
+    state = TrainerState(train_batch_size=32, best_global_step=5, best_model_checkpoint=str(best))
+    state.save_to_json(folder / "checkpoint-10" / "trainer_state.json")
+    assert find_checkpoint(training_args(folder, "true")) == str(folder / "checkpoint-10")
+
+    folder.rename(moved)  # Trainer finds it there
+    assert find_checkpoint(training_args(moved, "true")) == str(moved / "checkpoint-10")
+
+    weights = moved / "checkpoint-5" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:50])
+    with pytest.raises(UserError, match=f"^{weights} is damaged, and was the best until checkpoint-10; expected it"):
+        find_checkpoint(training_args(moved, "true"))
+
+    shutil.rmtree(moved / "checkpoint-5")
+    with pytest.raises(UserError, match=f"^{best} is missing, and was the best until checkpoint-10; expected it"):
+        find_checkpoint(training_args(moved, "true"))
+    assert find_checkpoint(training_args(moved, "true", load_best_model_at_end=False))
 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "rng_state.pth", "model.safetensors"])

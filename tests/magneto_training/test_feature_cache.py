@@ -164,6 +164,26 @@ def test_an_interrupted_build_goes_on_with_the_missing_files(build, tmp_path):
     assert all(torch.equal(again.read(index, 1), features) for index, features in enumerate(expected))
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "fewer rows"])
+def test_a_damaged_file_is_named_and_made_again(build, tmp_path, capsys, damage):
+    whole = build()["train"]
+    expected = [whole.read(index, 1).clone() for index in range(7)]
+    file = whole.files[1][1]
+    content = file.read_bytes()
+    if damage == "fewer rows":
+        feature_cache._write(file, torch.zeros(2, 4, 1, 1))
+    else:
+        file.write_bytes({"cut": content[:-10], "empty": b"", "noise": bytes(range(256))}[damage])
+    kept = {path: time for path, time in stored_files(tmp_path).items() if path != file}
+    capsys.readouterr()
+
+    again = build()["train"]
+
+    assert f"{file} is damaged, and is made again\n" in capsys.readouterr().out
+    assert kept.items() <= stored_files(tmp_path).items() and file.read_bytes() == content
+    assert all(torch.equal(again.read(index, 1), features) for index, features in enumerate(expected))
+
+
 def test_an_error_leaves_the_files_before_it_and_no_lock(build, splits, tmp_path):
     images = [{"bytes": b"damaged" if index == 4 else None, "path": None} for index in range(7)]
     for index, path in enumerate(save_photographs(splits["train"], tmp_path)):
@@ -252,7 +272,7 @@ def test_processes_share_out_all_files_whatever_the_others_have_made(build, monk
     with pytest.raises(UserError, match="lacks 3 files that another process has made"):
         build(views=1)
     builder = builders[0]
-    builder.files[0][0].touch()  # the first of two processes has been at work
+    feature_cache._write(builder.files[0][0], torch.zeros(3, 4, 1, 1))  # the first of two processes has been at work
     shares = [builder.missing(builder.all_files()[rank::2]) for rank in (0, 1)]
     assert shares == [[(0, 2)], [(0, 1)]]
 

@@ -263,6 +263,18 @@ def test_a_calibrated_model_says_how_it_chooses_and_how_far_to_trust_its_scores(
     assert "| validation | 5.7 | 1.2 |" in text and "(calibration.png)" in text
 
 
+def test_a_calibrated_model_says_what_was_fitted(make_card):
+    fields = {"temperature": 2.0, "bias": 0.0}
+    biased = {"logits": {**fields, "tag_biases": {"2": 0.5, "3": -0.5}}, "tag_logits": fields}
+
+    for calibration, fitted in (
+        ({"logits": fields}, "Temperature and bias of each output were fitted on `validation`."),
+        (biased, "Temperature and bias of each output, and biases of 2 frequent tags, were fitted on `validation`."),
+    ):
+        text = make_card({"validation": {**FIGURES, **AT_HALF}}, MagnetoConfig(calibration=calibration)).text
+        assert fitted in " ".join(text.split())
+
+
 def test_an_uncalibrated_model_shows_the_papers_rule_alone_and_what_calibration_would_do(make_card):
     text = make_card({"validation": {**FIGURES, **AT_HALF}}).text
 

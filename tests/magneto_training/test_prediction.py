@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import datasets
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
+from magneto_training import prediction_parts
 from magneto_training.arguments import PredictArguments, UserError
 from magneto_training.evaluation import evaluate_selection
 from magneto_training.photographs import undecoded
@@ -284,6 +287,15 @@ def test_a_result_that_could_not_be_written_stops_before_the_work(tmp_path, name
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"output_file .*{name}"):
         check_output_file(make_args("unused", tmp_path / name))
+
+
+def test_a_folder_that_cannot_be_written_to_stops_before_the_work(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), dir)
+
+    monkeypatch.setattr(prediction_parts, "TemporaryFile", refuse)  # a test may run as root, who may write anywhere
+    with pytest.raises(UserError, match="output_file .*out.parquet' cannot be written: Read-only file system"):
+        check_output_file(make_args("unused", tmp_path / "out.parquet"))
 
 
 def test_a_damaged_model_is_named(tiny_model, processor, tmp_path):

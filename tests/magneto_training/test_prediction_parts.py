@@ -439,6 +439,39 @@ def test_parts_of_other_settings_are_not_mixed(predict, rows, watched_model, pro
     assert not parts_folder(str(tmp_path / "out.parquet")).exists()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("content", ["cut", "empty", "another table"])
+def test_a_damaged_part_is_named_and_made_again(predict, rows, watched_model, tmp_path, capsys, content, streaming):
+    expected, metrics = predict(rows, "whole")
+    watched_model.batches_left = 4
+    with pytest.raises(KeyboardInterrupt):
+        predict(rows, model=watched_model, streaming=streaming)
+    file = min(parts_folder(str(tmp_path / "out.parquet")).glob("rows-*.parquet"))
+    if content == "another table":  # without what the metrics need
+        pq.write_table(pa.table({"item_id": ["a"]}), file)
+    else:
+        file.write_bytes(file.read_bytes()[:-30] if content == "cut" else b"")
+    capsys.readouterr()
+
+    watched_model.batches_left = 100
+    found, same_metrics = predict(rows, model=watched_model, streaming=streaming)
+
+    assert (f"{file} is damaged, and is made again" in capsys.readouterr().out) == (content != "another table")
+    assert_same(found, expected)
+    assert same_metrics == metrics
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_damaged_settings_are_of_another_prediction(predict, rows, watched_model, tmp_path, content):
+    watched_model.batches_left = 2
+    with pytest.raises(KeyboardInterrupt):
+        predict(rows, model=watched_model)
+    (parts_folder(str(tmp_path / "out.parquet")) / "settings.json").write_text(content)
+
+    with pytest.raises(UserError, match="holds parts of a prediction that was not finished, with another model, rows"):
+        predict(rows, model=watched_model)
+
+
 def test_skipping_may_begin_later_but_not_end_unnoticed(predict, rows, watched_model):
     rows[20] = break_photograph(rows[20])
     with pytest.raises(DataError, match="im20"):

@@ -7,13 +7,14 @@ import numpy as np
 import onnx.parser
 import pytest
 import torch
-from conftest import make_rows
+from conftest import damage, make_rows
 from torch import nn
 
 from magneto_training import quantized_backbone
 from magneto_training.arguments import MagnetoTrainingArguments, UsageError, UserError
 from magneto_training.frozen_backbone import FrozenBackbone
 from magneto_training.quantized_backbone import QuantizedBackbone, backbone_for_workers, check_int8
+from magneto_training.tag_data import DataError
 from modeling_magneto import MagnetoConfig, MagnetoForTagSummarization
 
 CPU = torch.device("cpu")
@@ -119,6 +120,17 @@ def test_the_ranges_are_of_the_first_photographs_that_can_be_read(tiny_model, pr
 def test_without_a_readable_photograph_there_are_no_ranges(tiny_model, processor, rows):
     with pytest.raises(UserError, match="int8 needs photographs"):
         backbone_for_workers(tiny_model, processor, rows.select([]), CPU, int8=True)
+
+
+def test_a_stream_that_cannot_be_read_is_an_error_in_one_line(tiny_model, processor, rows, tmp_path):
+    rows.to_parquet(tmp_path / "train.parquet")
+    stream = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "train.parquet"), split="train", streaming=True
+    )
+    damage(tmp_path / "train.parquet")
+
+    with pytest.raises(DataError, match=r"^int8, .*: the rows cannot be read: [^\n]+$"):
+        backbone_for_workers(tiny_model, processor, stream, CPU, int8=True)
 
 
 def test_a_missing_package_is_named(tiny_model, processor, rows, monkeypatch):

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -66,12 +67,14 @@ def commands(monkeypatch) -> FakeCommands:
 
 @pytest.fixture
 def prepare(tmp_path, dataset_dir):
-    def _prepare(dataset=dataset_dir, seeds=(0, 1), **settings) -> Reproduction:
-        names = ("tag_add_ratio", "tag_drop_ratio", "streaming", "skip_bad_rows")
-        data = {name: settings.pop(name) for name in names if name in settings}
-        model = {"init_from": settings.pop("init_from", None)}
+    def _prepare(dataset=dataset_dir, seeds=(0, 1), arguments=None, **settings) -> Reproduction:
+        data_names = ("tag_add_ratio", "tag_drop_ratio", "streaming", "skip_bad_rows")
+        model_names = ("init_from", "objective", "tag_encoder", "num_trainable_backbone_stages")
+        data, model = (
+            {name: settings.pop(name) for name in names if name in settings} for names in (data_names, model_names)
+        )
         return Reproduction(
-            ReproductionArguments(seeds=list(seeds), pretraining_epochs=3),
+            ReproductionArguments(seeds=list(seeds), **(arguments or {"pretraining_epochs": 3})),
             ModelArguments(backbone_weights="none", **model),
             DataArguments(dataset_name=str(dataset), **data),
             MagnetoTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, **settings),
@@ -213,8 +216,79 @@ def test_results_hold_the_figures_of_the_runs_with_mean_and_deviation(commands, 
         assert (tmp_path / f"out/figure_{number}.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "out/results.md").read_text()
     assert "| keep all | 70.0 | 70.0 | 70.0 | 70.0 |" in text
-    assert "| keep all | | | 100.0 | 70.0 | 60.0 |" in text
+    assert "| keep all | | | 100.00 | 70.00 | 60.00 |" in text
     assert f"{results['table_2']['FF']['f1']['mean']:.1f} ± " in text
+    assert "| 10.00 ± 0.00 |" in text, "as many decimals as the paper's table 3 has"
+    assert "mean and standard deviation of the seeds 0, 1;" in text
+
+
+def test_results_say_of_which_experiment_they_are(commands, prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduction, "_commit", lambda: "8684871-dirty")
+    runs = prepare(seeds=[0], num_train_epochs=7)
+    runs.make_runs()
+    runs.write_results()
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["arguments"]["pretraining_epochs"] == 3 and results["arguments"]["tad_ratio"] == 0.5
+    assert results["commit"] == "8684871-dirty"
+    assert set(results["versions"]) == {"torch", "transformers", "timm"} and all(results["versions"].values())
+    text = (tmp_path / "out/results.md").read_text()
+    assert "Settings: backbone resnet18, 7 epochs, 0 cached views, pre-training on the configuration default " in text
+    assert "default for 3 epochs; commit 8684871-dirty.\n" in text
+
+
+def test_the_commit_is_marked_where_files_were_changed_and_unknown_without_a_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduction, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert reproduction._commit() is None
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    (tmp_path / "train.py").touch()
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    commit = reproduction._commit()
+    assert len(commit) == 40
+    (tmp_path / "train.py").write_text("changed")
+    assert reproduction._commit() == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert reproduction._commit() is None
+
+
+def change_metrics(run: reproduction.Run, **figures) -> None:
+    splits = json.loads(run.metrics_file.read_text())
+    run.metrics_file.write_text(json.dumps(splits | {"test": splits["test"] | figures}))
+
+
+def test_results_of_different_images_are_not_compared(commands, prepare, tmp_path):
+    runs = prepare()
+    runs.make_runs()
+    for run in runs.architecture_runs("FF"):  # as with --skip_bad_rows: it notices no unreadable photograph
+        change_metrics(run, num_images=7, keep_all_f1=71.0)
+    message = "^FF-0, FF-1 found 7 images, keep-all F1 71.00, expected 5 images, keep-all F1 70.00, as .*_pretrained-1"
+    with pytest.raises(UserError, match=message + ": remove the rows with unreadable photographs"):
+        runs.write_results()
+    assert not (tmp_path / "out/results.md").exists()
+    change_metrics(runs.architecture_runs("FF")[0], num_images=5, keep_all_f1=70.0)
+    change_metrics(runs.architecture_runs("FF")[1], num_images=5, keep_all_f1=70.0, keep_all_precision=70.2)
+    with pytest.raises(UserError, match=r"^FF-1 found"):  # as many images, but others
+        runs.write_results()
+
+
+def test_rows_that_tag_only_models_alone_would_keep_are_refused_at_the_start(prepare, dataset_dir, tmp_path):
+    broken = shutil.copytree(dataset_dir, tmp_path / "broken")
+    prepare(broken, skip_bad_rows=True)
+    rows = [*make_rows(12), {**make_rows(13)[12], "image": {"bytes": b"no photograph", "path": None}}]
+    features = datasets.Features({**datasets.Dataset.from_list(rows[:1]).features, "image": datasets.Image()})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(broken / "test.parquet")
+
+    with pytest.raises(UserError, match="broken, test: found 1 unreadable photographs, expected none: models that"):
+        prepare(broken, skip_bad_rows=True)
+
+
+def test_what_is_undefined_for_keep_all_is_no_difference(commands, prepare):
+    runs = prepare(seeds=[0])
+    runs.make_runs()
+    for run in runs._all_runs(runs._stages()):
+        change_metrics(run, keep_all_reducible_f1=None)  # no image has a tag to remove
+    assert "| keep all | 70.0 | 70.0 | 70.0 | – |" in format_results(runs.write_results())
 
 
 def test_without_photographs_only_the_tag_models_are_trained(commands, prepare, tmp_path):
@@ -228,7 +302,9 @@ def test_without_photographs_only_the_tag_models_are_trained(commands, prepare, 
     assert sorted(commands.calls) == [("train.py", "FF-3"), ("train.py", "TF-t-3")]
     results = runs.write_results()
     assert list(results["table_2"]) == ["FF", "TF-t"] and "table_3" not in results
-    assert "±" not in format_results(results), "one seed has no deviation"
+    text = format_results(results)
+    assert "±" not in text and "deviation" not in text, "one seed has none"
+    assert "Percent, seed 3; " in text and "Settings: 500 epochs; commit " in text
 
 
 def test_the_papers_figures_stand_beside_ours_on_nus_wide(commands, prepare, tmp_path, dataset_dir):
@@ -252,6 +328,8 @@ def test_a_stream_is_refused(prepare):
         ("seed", 7, "--seeds"),
         ("init_from", "pretrained", "pre-training is one of the experiments"),
         ("resume_from_checkpoint", "true", "goes on by itself"),
+        ("objective", "bce", "the default: figure 3"),
+        ("tag_encoder", "feed_forward", "the default: table 2"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(prepare, field, value, expected):
@@ -260,11 +338,52 @@ def test_what_would_have_no_effect_is_refused(prepare, field, value, expected):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("seeds", [0, 0]), ("seeds", []), ("outlier_ratio", 0), ("num_parallel_runs", 0)]
+    ("settings", "message"),
+    [
+        ({"metric_for_best_model": "image_f1"}, "^FF: metric_for_best_model is 'image_f1', expected one of "),
+        ({"cached_views": 1, "num_trainable_backbone_stages": -1}, "^TF-it: cached_views is 1 and num_trainable"),
+        ({"backbone_learning_rate": 0.1}, "^TF-it: backbone_learning_rate is 0.1, but no stage"),
+    ],
+)
+def test_what_one_of_the_runs_would_refuse_is_refused_at_the_start(prepare, settings, message):
+    with pytest.raises(UsageError, match=message):
+        prepare(**settings)
+
+
+def test_what_to_pre_train_on_is_looked_for_at_the_start(prepare, tmp_path, dataset_dir):
+    with pytest.raises(UserError, match="the configuration is 'unlabeled', expected none"):
+        prepare(arguments={"pretraining_config_name": "unlabeled"})
+    folder = tmp_path / "configured"
+    shutil.copytree(dataset_dir, folder)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: train.parquet}\n"
+        "  - {split: validation, path: validation.parquet}\n"
+        "- config_name: unlabeled\n  data_files:\n  - {split: train, path: test.parquet}\n---\n"
+    )
+    prepare(folder, arguments={"pretraining_config_name": "unlabeled"})
+    with pytest.raises(UserError, match="cannot be loaded: .*unlabelled"):
+        prepare(folder, arguments={"pretraining_config_name": "unlabelled"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("seeds", value) for value in ([0, 0], [])),
+        *(("tad_ratio", value) for value in (0, 2, math.nan, math.inf)),
+        *(("outlier_ratio", value) for value in (0, math.nan, math.inf)),
+        *(("pretraining_outlier_ratio", value) for value in (-1, math.nan, math.inf)),
+        *(("pretraining_epochs", value) for value in (-3, 0, math.nan, math.inf)),
+        ("num_parallel_runs", 0),
+    ],
 )
 def test_wrong_arguments_are_named(field, value):
-    with pytest.raises(UsageError, match=field):
+    with pytest.raises(UsageError, match=f"^{field} is "):
         ReproductionArguments(**{field: value})
+
+
+def test_pre_training_takes_as_long_as_training_where_nothing_is_said(prepare):
+    (run,) = prepare(seeds=[0], arguments={"tad_ratio": 1}, num_train_epochs=7).pretraining_runs()
+    assert run.settings["num_train_epochs"] == 7
 
 
 def test_a_run_that_fails_is_reported_with_its_reason(tmp_path):
@@ -290,13 +409,13 @@ def test_launches_at_the_same_time_on_several_gpus_have_ports_of_their_own(tmp_p
 
 
 LONG_RUN = """
-import fcntl, sys, time
+import fcntl, os, sys, time
 from pathlib import Path
 
 file = Path(sys.argv[1])
 with file.with_suffix(".lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    file.with_suffix(".begun").touch()
+    file.with_suffix(".begun").write_text(str(os.getpid()))
     time.sleep(60)
     file.with_suffix(".ended").touch()
 """
@@ -322,3 +441,33 @@ def test_killed_it_leaves_no_training_behind(tmp_path, dataset_dir):
         with file.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
     assert len(list(runs.glob("*.begun"))) == 2 and not list(runs.glob("*.ended"))
+
+
+def test_nothing_begins_beside_what_a_killed_one_has_left_behind(commands, prepare, tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(LONG_RUN)
+    runs = prepare(seeds=[0])
+    run = runs.architecture_runs("TF-it")[0]
+    run.folder.mkdir(parents=True)
+    code = (
+        "import sys; from pathlib import Path; from magneto_training import reproduction as r\n"
+        "r.ROOT = Path(sys.argv[1]); r._launch('train.py', sys.argv[2:3], Path(sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", code, tmp_path, run.settings_file, run.log_file]
+    process = subprocess.Popen(list(map(str, command)), cwd=Path(reproduction.__file__).parent.parent)
+    begun = run.settings_file.with_suffix(".begun")
+    try:
+        while not (begun.exists() and begun.read_text()):
+            assert process.poll() is None
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    try:
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"at work on {run.output_dir}, expected"):
+            patch.setattr(reproduction, "ENDING_TIME", 0.5)
+            runs.make_runs()
+        assert not commands.calls
+    finally:
+        os.kill(int(begun.read_text()), signal.SIGKILL)
+    runs.make_runs()  # at once
+    assert ("train.py", run.label) in commands.calls

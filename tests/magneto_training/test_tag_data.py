@@ -485,6 +485,33 @@ def test_a_broken_table_is_an_error_that_says_why(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_file_without_rows_adds_none(tmp_path, streaming):
+    table = pa.Table.from_pylist([{"item_id": name, "tags": [name]} for name in "abcd"])
+    for number, part in enumerate((table[:0], table[:2], table[:0], table[2:])):
+        pq.write_table(part, tmp_path / f"train-{number}.parquet")
+
+    split = load_tag_dataset(str(tmp_path), streaming=streaming)["train"]
+    assert [row["item_id"] for row in split] == list("abcd")
+
+    for number in (1, 2, 3):
+        (tmp_path / f"train-{number}.parquet").unlink()
+    with pytest.raises(DataError, match="train-0.parquet: found no rows, expected at least one"):
+        load_tag_dataset(str(tmp_path), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_parquet_file_is_named(tmp_path, streaming):
+    table = pa.Table.from_pylist([{"item_id": "a", "tags": ["x"]}])
+    for number in (0, 1):
+        pq.write_table(table, tmp_path / f"train-{number}.parquet")
+    file = tmp_path / "train-1.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+
+    with pytest.raises(DataError, match=r"train-1.parquet cannot be read: ArrowInvalid: [^\n]+$"):
+        load_tag_dataset(str(tmp_path), streaming=streaming)
+
+
 def test_a_column_of_a_wrong_type_is_named(tmp_path):
     datasets.Dataset.from_list([{"item_id": "a", "tags": 3}]).to_parquet(tmp_path / "train.parquet")
 

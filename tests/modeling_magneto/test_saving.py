@@ -198,7 +198,8 @@ def test_convolutions_lie_as_the_photographs_do(tiny_config, tmp_path, stages):
     fresh.save_pretrained(tmp_path)
 
     for model in (fresh, MagnetoForTagSummarization.from_pretrained(tmp_path)):
-        kernels = [weight for weight in model.magneto.image_feature_extractor.backbone.parameters() if weight.ndim == 4]
+        backbone = model.magneto.image_feature_extractor.backbone
+        kernels = [weight for weight in backbone.parameters() if weight.ndim == 4]
         assert kernels and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
 
 
