@@ -27,6 +27,7 @@ from .arguments import (
     UsageError,
     UserError,
 )
+from .batch_norm import share_batch_norms
 from .checkpoints import lasting_arguments
 from .collation import AugmentedDataset
 from .evaluation import compute_detection_metrics, compute_metrics, output_names
@@ -111,6 +112,8 @@ class MagnetoTrainer(Trainer):
         callbacks = [EpochCallback(train_dataset)]
         if args.early_stopping_patience is not None:
             callbacks.append(PatientStoppingCallback(args.early_stopping_patience))
+        if args.world_size > 1:
+            share_batch_norms(model)
         super().__init__(
             model=model,
             args=args,

@@ -171,16 +171,17 @@ def test_a_killed_run_resumes_in_the_middle_of_an_epoch_to_the_same_metrics(conf
 
 
 def test_two_processes_take_the_steps_of_one_from_a_stream(config_file, tmp_path):
-    # Tags alone and without dropout: one process with a batch of 8 takes the steps of two with 4.
-    arguments = [config_file, "--streaming", "true", "--streams", "tag", "--dropout", 0, "--save_strategy", "steps"]
+    # Without dropout, one process with a batch of 8 takes the steps of two with 4.
+    arguments = [config_file, "--streaming", "true", "--dropout", 0, "--save_strategy", "steps"]
     arguments += ["--save_steps", 4, "--eval_strategy", "steps", "--eval_steps", 4, "--shuffle_buffer_size", 20]
+    arguments += ["--save_total_limit", 9]
     one, two = tmp_path / "one", tmp_path / "two"
-    run_well(ONE_PROCESS, "train.py", *arguments, "--save_total_limit", 9, "--output_dir", one)
+    run_well(ONE_PROCESS, "train.py", *arguments, "--output_dir", one)
     run_well(TWO_PROCESSES, "train.py", *arguments, "--per_device_train_batch_size", 4, "--output_dir", two)
     assert json.loads((one / "metrics.json").read_text())["test"]["num_images"] == 13
     weights, same = (load_file(folder / "checkpoint-12" / "model.safetensors") for folder in (one, two))
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, same[name], atol=1e-6, rtol=0, msg=name)
+        torch.testing.assert_close(tensor, same[name], atol=1e-4, rtol=0, msg=name)
 
 
 def test_a_streaming_run_in_8_bits_resumes_in_the_middle_of_an_epoch_to_the_same_weights(config_file, tmp_path):
@@ -204,36 +205,29 @@ def test_two_processes_train(config_file, tmp_path):
 
 
 def test_two_processes_take_the_same_steps_as_one(config_file, tmp_path):
-    # Tags alone: batch norm, and so the image stream, sees only the photographs of its own process.
-    arguments = [config_file, "--streams", "tag", "--dropout", 0, "--tag_add_ratio", 0, "--tag_drop_ratio", 0]
-    arguments += ["--num_train_epochs", 1]
+    # The backbone is trained too, and its batch norms look at the photographs of both.
+    arguments = [config_file, "--dropout", 0, "--num_train_epochs", 1]
     one, two = tmp_path / "one", tmp_path / "two"
     run_well(ONE_PROCESS, "train.py", *arguments, "--output_dir", one, "--per_device_train_batch_size", 8)
     run_well(TWO_PROCESSES, "train.py", *arguments, "--output_dir", two, "--per_device_train_batch_size", 4)
 
     weights, same = (load_file(folder / "model.safetensors") for folder in (one, two))
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, same[name], atol=1e-6, rtol=0, msg=name)
+        torch.testing.assert_close(tensor, same[name], atol=1e-5, rtol=1e-5, msg=name)
     log, same_log = (json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, two))
     assert log[0]["step"] == same_log[0]["step"] == 6
     assert log[0]["final_loss"] == pytest.approx(same_log[0]["final_loss"], abs=1e-5)
 
 
 def test_two_processes_share_the_making_of_a_feature_cache_and_take_the_same_steps_as_one(config_file, tmp_path):
-    backbone, script = tmp_path / "backbone.safetensors", tmp_path / "fixed_norm.py"
+    backbone = tmp_path / "backbone.safetensors"
     save_file(timm.create_model("test_resnet.r160_in1k").state_dict(), backbone)
-    # Batch norm sees only the photographs of its own process: here it stays as it is.
-    script.write_text(
-        f"import runpy, sys\nfrom torch import nn\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "nn.BatchNorm2d.train = lambda norm, mode=True: nn.Module.train(norm, False)\n"
-        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
-    )
     arguments = [config_file, "--cached_views", 2, "--backbone_weights", backbone, "--disable_tqdm", "false"]
     arguments += ["--num_trainable_backbone_stages", 0, "--dropout", 0, "--num_train_epochs", 2]
 
     def train(launcher, name, batch_size, cache, seed=0):
         own = ["--output_dir", tmp_path / name, "--feature_cache_dir", cache, "--seed", seed]
-        done = run(launcher, script, *arguments, *own, "--per_device_train_batch_size", batch_size)
+        done = run(launcher, "train.py", *arguments, *own, "--per_device_train_batch_size", batch_size)
         assert done.returncode == 0, done.stderr[-3000:]
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
         assert {split: figures["num_images"] for split, figures in metrics.items()} == {"validation": 16, "test": 13}
