@@ -10,6 +10,7 @@ Whoever makes the parts, this process, one of several, or a worker of Ray, calls
 killed goes on with the parts that are missing. When all are there they are put together, in order, as OUT.parquet.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -454,8 +455,19 @@ class _Part:
         schema = SCHEMA.with_metadata({FIGURES: json.dumps(figures)})
         path = _part_file(folder, self.part)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-        pq.write_table(pa.Table.from_pylist([self.results[index] for index in sorted(self.results)], schema), partial)
-        partial.replace(path)
+        table = pa.Table.from_pylist([self.results[index] for index in sorted(self.results)], schema)
+        with _naming(path):
+            pq.write_table(table, partial)
+            partial.replace(path)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """pyarrow does not say which file it was writing to when the disk was full."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------- parts to one file
@@ -559,7 +571,7 @@ def _finish(folder: Path, num_rows: int, args: PredictArguments) -> dict[str, fl
     if 0 < num_rows == num_skipped:
         shutil.rmtree(folder)
         raise DataError(f"{args.dataset_name}: all {num_rows} rows are bad")
-    with pq.ParquetWriter(folder / "joined", SCHEMA) as writer:
+    with _naming(output_file), pq.ParquetWriter(folder / "joined", SCHEMA) as writer:
         for start in range(0, len(files), PARTS_PER_ROW_GROUP):
             tables = [pq.ParquetFile(file).read() for file in files[start : start + PARTS_PER_ROW_GROUP]]
             writer.write_table(pa.concat_tables(tables))

@@ -461,6 +461,21 @@ def test_a_damaged_part_is_named_and_made_again(predict, rows, watched_model, tm
     assert same_metrics == metrics
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_file(predict, rows, monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError("[Errno 28] Error writing bytes to file")
+
+    out = re.escape(str(tmp_path / "out.parquet"))
+    for name, file in (("write_table", rf"{out}.parts/rows-000000000-[0-9]+.parquet"), ("ParquetWriter", out)):
+        with monkeypatch.context() as patched:
+            patched.setattr(prediction_parts, "pq", SimpleNamespace(**{**vars(pq), name: refuse}))
+            with pytest.raises(UserError, match=rf"^{file} cannot be written: .Errno 28. Error writing bytes"):
+                predict(rows)
+
+    found, _ = predict(rows)
+    assert len(found) == NUM_ROWS
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]"])
 def test_damaged_settings_are_of_another_prediction(predict, rows, watched_model, tmp_path, content):
     watched_model.batches_left = 2
