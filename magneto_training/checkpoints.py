@@ -102,8 +102,10 @@ def _find_damaged(checkpoint: Path) -> str | None:
             elif file.suffix == ".safetensors":
                 safe_open(file, "pt")  # reads where the tensors lie, and how long the file is to be
                 is_whole = True
-            else:  # which has its index at the end
-                is_whole = file.suffix not in (".pt", ".pth") or zipfile.is_zipfile(file)
+            elif file.suffix in (".pt", ".pth"):
+                is_whole = zipfile.is_zipfile(file)  # which has its index at the end
+            else:
+                is_whole = True
         except (ValueError, SafetensorError):
             is_whole = False
         if not is_whole:

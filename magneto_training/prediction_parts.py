@@ -45,7 +45,7 @@ from .frozen_backbone import FrozenBackbone
 from .photographs import UNREADABLE, undecoded
 from .prediction import PredictedBatch, predict_batches, rows_for_model
 from .quantized_backbone import QuantizedBackbone, backbone_for_workers
-from .tag_data import DataError, find_problems, read_stream
+from .tag_data import DataError, describe_cause, find_problems, read_stream
 from .whole_file import whole_file
 
 SCHEMA = pa.schema(
@@ -573,7 +573,7 @@ def _finish(folder: Path, num_rows: int, args: PredictArguments) -> dict[str, fl
         raise DataError(f"{args.dataset_name}: all {num_rows} rows are bad")
     with _naming(output_file), pq.ParquetWriter(folder / "joined", SCHEMA) as writer:
         for start in range(0, len(files), PARTS_PER_ROW_GROUP):
-            tables = [pq.ParquetFile(file).read() for file in files[start : start + PARTS_PER_ROW_GROUP]]
+            tables = [_read_part(file) for file in files[start : start + PARTS_PER_ROW_GROUP]]
             writer.write_table(pa.concat_tables(tables))
     metrics = combine_metrics(figures["metrics"] for figures in _read_figures(files) if figures["metrics"])
     if args.inject_outliers is not None and num_rows:
@@ -596,6 +596,14 @@ def _finish(folder: Path, num_rows: int, args: PredictArguments) -> dict[str, fl
         file.unlink()
     shutil.rmtree(folder)
     return metrics
+
+
+def _read_part(file: Path) -> pa.Table:
+    try:
+        return pq.ParquetFile(file).read()
+    except (pa.ArrowInvalid, OSError) as error:  # its index is whole, or it would have been made again
+        reason = describe_cause(error)
+        raise UserError(f"{file} cannot be read: {reason}; the same command makes it again if it is removed") from None
 
 
 def _write_skipped(path: Path, files: Sequence[Path], args: PredictArguments) -> int:

@@ -178,16 +178,17 @@ def _load_tables(paths: list[Path], streaming: bool, columns: Sequence[str] | No
 
 def _without_empty_files(paths: list[Path]) -> list[Path]:
     """The Parquet files that have rows. `datasets` stumbles at others: its batches are as large as the first group."""
-    full = []
+    full, num_groups = [], 0
     for path in paths:
         try:
             found = pq.read_metadata(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path} cannot be read: {describe_cause(error)}") from None
+        num_groups += found.num_row_groups
         if found.num_rows:
             full.append(path)
-        elif found.num_row_groups and len(paths) == 1:
-            raise DataError(f"{path}: found no rows, expected at least one")
+    if num_groups and not full:
+        raise DataError(f"{paths[0]}: found no rows, expected at least one")
     return full or paths
 
 

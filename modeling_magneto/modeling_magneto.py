@@ -344,7 +344,8 @@ class MagnetoImageFeatureExtractor(nn.Module):
 
     def feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The backbone's alone: (B, 3, H, W), normalised -> (B, C, h, w)."""
-        # Convolutions are about twice as fast with the channels last, on CPUs and GPUs alike. So lie their weights.
+        # Convolutions are about twice as fast with the channels last, on CPUs and GPUs alike; `train` sees to
+        # their weights.
         pixel_values = pixel_values.to(self.projection.weight.dtype).contiguous(memory_format=torch.channels_last)
         features = self.backbone.forward_features(pixel_values)
         return features.permute(0, 3, 1, 2) if self.channels_last else features

@@ -173,6 +173,7 @@ def test_a_killed_run_resumes_in_the_middle_of_an_epoch_to_the_same_metrics(conf
 def test_two_processes_take_the_steps_of_one_from_a_stream(config_file, tmp_path):
     # Without dropout, one process with a batch of 8 takes the steps of two with 4.
     arguments = [config_file, "--streaming", "true", "--dropout", 0, "--save_strategy", "steps"]
+    arguments += ["--num_trainable_backbone_stages", 0]
     arguments += ["--save_steps", 4, "--eval_strategy", "steps", "--eval_steps", 4, "--shuffle_buffer_size", 20]
     arguments += ["--save_total_limit", 9]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -181,7 +182,7 @@ def test_two_processes_take_the_steps_of_one_from_a_stream(config_file, tmp_path
     assert json.loads((one / "metrics.json").read_text())["test"]["num_images"] == 13
     weights, same = (load_file(folder / "checkpoint-12" / "model.safetensors") for folder in (one, two))
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, same[name], atol=1e-4, rtol=0, msg=name)
+        torch.testing.assert_close(tensor, same[name], atol=1e-6, rtol=0, msg=name)
 
 
 def test_a_streaming_run_in_8_bits_resumes_in_the_middle_of_an_epoch_to_the_same_weights(config_file, tmp_path):
@@ -204,16 +205,18 @@ def test_two_processes_train(config_file, tmp_path):
     assert metrics["validation"]["num_images"] == 16
 
 
-def test_two_processes_take_the_same_steps_as_one(config_file, tmp_path):
-    # The backbone is trained too, and its batch norms look at the photographs of both.
-    arguments = [config_file, "--dropout", 0, "--num_train_epochs", 1]
+@pytest.mark.parametrize("streams", ["tag", "both"])
+def test_two_processes_take_the_same_steps_as_one(config_file, tmp_path, streams):
+    # With both streams, the backbone is trained too, and its batch norms look at the photographs of both processes.
+    arguments = [config_file, "--streams", streams, "--dropout", 0, "--num_train_epochs", 1]
     one, two = tmp_path / "one", tmp_path / "two"
     run_well(ONE_PROCESS, "train.py", *arguments, "--output_dir", one, "--per_device_train_batch_size", 8)
     run_well(TWO_PROCESSES, "train.py", *arguments, "--output_dir", two, "--per_device_train_batch_size", 4)
 
     weights, same = (load_file(folder / "model.safetensors") for folder in (one, two))
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, same[name], atol=1e-5, rtol=1e-5, msg=name)
+        bound = 2e-5 if "running" in name else 1e-6  # statistics add up the rounding of all layers below
+        torch.testing.assert_close(tensor, same[name], atol=bound, rtol=0, msg=name)
     log, same_log = (json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, two))
     assert log[0]["step"] == same_log[0]["step"] == 6
     assert log[0]["final_loss"] == pytest.approx(same_log[0]["final_loss"], abs=1e-5)

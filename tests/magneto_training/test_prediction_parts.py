@@ -461,6 +461,25 @@ def test_a_damaged_part_is_named_and_made_again(predict, rows, watched_model, tm
     assert same_metrics == metrics
 
 
+def test_a_part_whose_rows_are_damaged_is_named_and_no_result_written(predict, rows, watched_model, tmp_path):
+    watched_model.batches_left = 4
+    with pytest.raises(KeyboardInterrupt):
+        predict(rows, model=watched_model)
+    file = min(parts_folder(str(tmp_path / "out.parquet")).glob("rows-*.parquet"))
+    damage(file)
+    watched_model.batches_left = 100
+
+    with pytest.raises(
+        UserError, match=f"^{re.escape(str(file))} cannot be read: .*; the same command makes it again"
+    ):
+        predict(rows, model=watched_model)
+    assert not (tmp_path / "out.parquet").exists()
+
+    file.unlink()
+    found, _ = predict(rows, model=watched_model)
+    assert len(found) == NUM_ROWS
+
+
 def test_a_full_disk_is_told_with_the_name_of_the_file(predict, rows, monkeypatch, tmp_path):
     def refuse(*_):
         raise OSError("[Errno 28] Error writing bytes to file")

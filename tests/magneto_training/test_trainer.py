@@ -442,7 +442,7 @@ def test_a_run_with_another_row_does_not_go_on_with_a_checkpoint(make_trainer):
         longer.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-5")
 
 
-def test_a_run_with_another_optimizer_does_not_go_on_with_a_checkpoint(make_trainer):
+def test_a_run_with_another_schedule_does_not_go_on_with_a_checkpoint(make_trainer):
     trainer = make_trainer(save_strategy="epoch", num_train_epochs=1)
     trainer.train()
 

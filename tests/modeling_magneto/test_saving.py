@@ -184,12 +184,6 @@ def test_frozen_stages_stay_frozen_after_loading(tiny_config, tmp_path, stages, 
     assert all(p.requires_grad for name, p in loaded.named_parameters() if "backbone" not in name)
 
 
-CALIBRATION = {
-    "logits": {"temperature": 1.4, "bias": 0.1, "tag_biases": {"2": -0.3, "5": 0.7}},
-    "image_logits": {"temperature": 0.6, "bias": -1.1},
-}
-
-
 @pytest.mark.parametrize("stages", [0, 1])
 def test_convolutions_lie_as_the_photographs_do(tiny_config, tmp_path, stages):
     """Otherwise PyTorch turns the weights round for every batch, which a single photograph has to wait for."""
@@ -201,6 +195,12 @@ def test_convolutions_lie_as_the_photographs_do(tiny_config, tmp_path, stages):
         backbone = model.magneto.image_feature_extractor.backbone
         kernels = [weight for weight in backbone.parameters() if weight.ndim == 4]
         assert kernels and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+
+
+CALIBRATION = {
+    "logits": {"temperature": 1.4, "bias": 0.1, "tag_biases": {"2": -0.3, "5": 0.7}},
+    "image_logits": {"temperature": 0.6, "bias": -1.1},
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
